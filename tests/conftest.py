@@ -1,0 +1,23 @@
+"""Shared by all tests: few threads, fixed seeds, and the optional real data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Every test draws from the same state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text, chats and tasks; not part of the project, so a test that wants it is skipped without."""
+    if not DATA.is_dir():
+        pytest.skip("real data is absent (no shared/data folder beside the repository)")
+    return DATA.resolve()
