@@ -1,0 +1,226 @@
+"""`ModelConfig`: one description of every model here, in transformers' own keys; presets are functions that return one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from twelve.errors import InputError
+
+FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
+# keys that a folder of the family may leave out, where the family's default differs from the field's below
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    "llama": {},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"head_dim": 128},
+}
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of one model. Sizes are counts of elements; keys are transformers' (DeepSeek's where it has its own).
+
+    Raises `InputError` when built from values that do not fit together.
+    """
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    head_dim: int | None = None  # GQA only; None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    rope_parameters: dict[str, Any] | None = None  # {"rope_type", "rope_theta", ...}; None: default, theta 10,000
+    rope_interleave: bool = True  # MLA only: rotate adjacent pairs rather than halves
+    # multi-head latent attention (V2 section 2.1); kv_lora_rank None means grouped-query attention
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    # mixture of experts (V3 section 2.1.2); n_routed_experts None means dense layers only
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    first_k_dense_replace: int = 0
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    # multi-token prediction (V3 section 2.2)
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and not self.is_mla:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        self._check()
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def rope_dim(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.qk_rope_head_dim if self.is_mla else self.head_dim
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether decoder layer `index` has routed experts; MTP modules count on from num_hidden_layers."""
+        return self.n_routed_experts is not None and index >= self.first_k_dense_replace
+
+    def _check(self) -> None:
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise InputError(f"config: {message}")
+
+        need(self.model_type in FAMILIES, f"unknown model_type {self.model_type!r}; supported: {', '.join(FAMILIES)}")
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            value = getattr(self, key)
+            need(isinstance(value, int) and value > 0, f"{key} must be a positive integer, not {value!r}")
+        need(self.hidden_act == "silu", f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
+        rope_type = self.rope_parameters["rope_type"]
+        need(rope_type in ROPE_TYPES, f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        need(rope_type == "default" or "factor" in self.rope_parameters, f"rope_type {rope_type!r} needs a factor")
+        need(self.rope_dim > 0 and self.rope_dim % 2 == 0, f"rotary dimension {self.rope_dim} must be even and positive")
+        if self.is_mla:
+            for key in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+                need(getattr(self, key) > 0, f"{key} must be positive for latent attention")
+        else:
+            need(
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}",
+            )
+        if self.n_routed_experts is not None:
+            experts, groups = self.n_routed_experts, self.n_group or 1
+            need(bool(self.moe_intermediate_size), "moe_intermediate_size is missing")
+            need(
+                0 < (self.num_experts_per_tok or 0) <= experts,
+                f"num_experts_per_tok must lie between 1 and n_routed_experts {experts}",
+            )
+            need(experts % groups == 0, f"n_routed_experts {experts} is not a multiple of n_group {groups}")
+            need((self.topk_group or 1) <= groups, f"topk_group {self.topk_group} exceeds n_group {groups}")
+            need(
+                self.num_experts_per_tok <= (self.topk_group or groups) * (experts // groups),
+                "num_experts_per_tok exceeds the experts in topk_group groups",
+            )
+            need(self.scoring_func in ("sigmoid", "softmax"), f"scoring_func {self.scoring_func!r} is not supported")
+            methods = ("noaux_tc", "greedy", "group_limited_greedy")
+            need(self.topk_method in methods, f"topk_method {self.topk_method!r} is not supported: {', '.join(methods)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """From a `config.json`, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_theta`, `rope_scaling`).
+
+        Keys that are not ours are ignored, except those that change the arithmetic: these raise `InputError`.
+        """
+        family = values.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"config: unknown model_type {family!r}; supported: {', '.join(FAMILIES)}")
+        if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+            raise InputError("config: sliding-window attention is not supported")
+        if values.get("quantization_config"):
+            raise InputError("config: quantised weights (quantization_config) are not supported; use a BF16 or FP32 folder")
+        rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+        rope.setdefault("rope_type", rope.pop("type", "default"))
+        rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
+        rope.pop("type", None)
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in values.items() if key in known}
+        given = {**FAMILY_DEFAULTS[family], **given, "rope_parameters": rope}
+        if rope["rope_type"] == "yarn":
+            rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+        try:
+            return cls(**given)
+        except (TypeError, ZeroDivisionError) as error:
+            raise InputError(f"config: a value has the wrong type ({error})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key, without those of parts that this model does not have."""
+        values = asdict(self)
+        dropped: set[str] = set()
+        if not self.is_mla:
+            dropped |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+        else:
+            dropped |= {"head_dim"}
+        if self.model_type not in ("deepseek_v2", "deepseek_v3"):
+            dropped |= {
+                "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+                "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
+                "scoring_func", "topk_method", "num_nextn_predict_layers",
+            }  # fmt: skip
+        return {key: value for key, value in values.items() if key not in dropped}
+
+
+def deepseek_v3() -> ModelConfig:
+    """DeepSeek-V3 and R1 as released: 671B parameters (arXiv 2412.19437, section 4.2)."""
+    return ModelConfig(
+        model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61,
+        num_attention_heads=128, max_position_embeddings=163840, q_lora_rank=1536, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=256, n_shared_experts=1,
+        num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3, n_group=8, topk_group=4,
+        norm_topk_prob=True, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32, "beta_slow": 1,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        },
+    )  # fmt: skip
+
+
+def deepseek_v2_lite() -> ModelConfig:
+    """DeepSeek-V2-Lite as released: 15.7B parameters (arXiv 2405.04434, appendix B)."""
+    return ModelConfig(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, num_hidden_layers=27,
+        num_attention_heads=16, max_position_embeddings=163840, q_lora_rank=None, kv_lora_rank=512,
+        qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64, n_shared_experts=2,
+        num_experts_per_tok=6, moe_intermediate_size=1408, first_k_dense_replace=1, n_group=1, topk_group=1,
+        scoring_func="softmax", topk_method="greedy",
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "beta_fast": 32, "beta_slow": 1,
+            "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        },
+    )  # fmt: skip
+
+
+def small_v3(
+    vocab_size: int, width: int = 256, layers: int = 6, experts: int = 16, experts_per_token: int = 4, context: int = 1024,
+    mtp: int = 0,
+) -> ModelConfig:  # fmt: skip
+    """V3's shape at any size: V3's proportions of head, latent and expert widths, scaled to `width`.
+
+    Heads are 64 + 32 wide, the latent is half the width, an expert half the width, the shared expert one more, the
+    first layer dense with the width that the active experts have together. `experts=0` gives a dense model.
+    """
+    if width % 64:
+        raise InputError(f"width {width} must be a multiple of 64")
+    expert_width = width // 2
+    return ModelConfig(
+        model_type="deepseek_v3", vocab_size=vocab_size, hidden_size=width,
+        intermediate_size=expert_width * (experts_per_token + 1), num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64), max_position_embeddings=context,
+        q_lora_rank=None, kv_lora_rank=max(32, width // 2), qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+        n_routed_experts=experts or None, n_shared_experts=1 if experts else None,
+        num_experts_per_tok=min(experts_per_token, experts) if experts else None,
+        moe_intermediate_size=expert_width if experts else None, first_k_dense_replace=1 if experts else 0,
+        n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, num_nextn_predict_layers=mtp,
+    )  # fmt: skip

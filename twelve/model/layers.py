@@ -1,0 +1,86 @@
+"""The small parts: RMSNorm, the SwiGLU layer, and a loss that never holds all the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: W_down(silu(W_gate x) * W_up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients chunk by chunk, so that a chunk of logits stays in the cache and none is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        count = (targets >= 0).sum().clamp(min=1)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with_gradient = any(ctx.needs_input_grad)
+        grad_hidden = torch.zeros_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        weight_used = weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], chunk):
+            rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+            valid = wanted >= 0
+            index = wanted.clamp(min=0)[:, None]
+            logits = rows @ weight_used.T
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            log_z = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_z - logits.gather(1, index))[:, 0] * valid).sum()
+            if with_gradient:
+                logits.sub_(log_z).exp_()
+                logits.scatter_add_(1, index, torch.full_like(log_z, -1.0))
+                logits.mul_((valid / count)[:, None])
+                logits = logits.to(hidden.dtype)
+                torch.mm(logits, weight_used, out=grad_hidden[start : start + chunk])
+                if logits.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(logits.T, rows)
+                else:  # bfloat16 products, gathered in the weight's float32
+                    grad_weight += logits.T @ rows
+        if with_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
+    """Mean cross entropy in nats of logits hidden @ weight.T against targets; the plain twin is `plain_cross_entropy`.
+
+    hidden [N, D], weight [V, D], targets [N] int64, negative where there is no target. Returns a float32 scalar, zero
+    when nothing has a target.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same in the obvious way."""
+    loss = F.cross_entropy((hidden @ weight.T).double(), targets.clamp(min=-1), ignore_index=-1, reduction="sum")
+    return loss / (targets >= 0).sum().clamp(min=1)

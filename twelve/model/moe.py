@@ -1,0 +1,196 @@
+"""DeepSeekMoE (arXiv 2401.06066; V3 section 2.1.2): shared experts, fine-grained routed experts, balance without an auxiliary loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twelve.config import ModelConfig
+from twelve.model.layers import MLP
+
+
+@dataclass
+class Routing:
+    """What one MoE layer decided for N tokens, for balancing and for reports."""
+
+    experts: Tensor  # [N, k] int64
+    load: Tensor  # [E] tokens sent to each expert, int64
+    balance: Tensor  # float32 scalar, 1 when every sequence uses the experts evenly
+
+
+class Router(nn.Module):
+    """Scores, choice and gates. The bias takes part in the choice only, and only `update_bias` changes it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] -> chosen experts [N, k], their gates [N, k], all scores [N, E]; in float32 or wider."""
+        c = self.config
+        with torch.autocast(x.device.type, enabled=False):  # a rounded score flips the choice
+            wide = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(wide), self.weight.to(wide))
+            scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+            with torch.no_grad():
+                chosen = self._choose(scores)
+            gates = scores.gather(1, chosen)
+            if c.norm_topk_prob:
+                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+            return chosen, gates * c.routed_scaling_factor, scores
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Top-k experts within the top groups; a group counts by its two best (V3) or its best (V2)."""
+        c = self.config
+        groups, best = c.n_group or 1, 1
+        if c.topk_method == "noaux_tc":
+            scores, best = scores + self.e_score_correction_bias, 2
+        limited = c.topk_method != "greedy" and groups > 1 and (c.topk_group or groups) < groups
+        if limited:
+            grouped = scores.unflatten(1, (groups, -1))
+            rank = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(-1)  # [N, G]
+            kept = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, rank.topk(c.topk_group, dim=-1).indices, True)
+            # -inf, not 0: a score with its bias may be negative
+            scores = grouped.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        return scores.topk(c.num_experts_per_tok, dim=-1).indices
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor, speed: float) -> None:
+        """Once an optimiser step: lower the bias of experts above the mean load [E] by `speed`, raise the others (2408.15664)."""
+        load = load.to(self.e_score_correction_bias)
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer: gate and up projections stacked [E, 2I, D], down projections [E, D, I]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """x [N, D], chosen [N, k], gates [N, k] -> sum over the chosen experts of gate * expert(x), [N, D]."""
+        run = grouped_experts if x.device.type == "cpu" else sorted_experts
+        return run(x, self.gate_up_proj, self.down_proj, chosen, gates)
+
+
+class MoE(nn.Module):
+    """Shared experts plus the chosen routed ones; no token is dropped."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.has_shared = bool(config.n_shared_experts)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """x [B, T, D] -> [B, T, D], and in training what was routed where."""
+        flat = x.reshape(-1, x.shape[-1])
+        chosen, gates, scores = self.gate(flat)
+        out = self.experts(flat, chosen, gates.to(x.dtype)).view_as(x)
+        if self.has_shared:
+            out = out + self.shared_experts(x)
+        return out, balance(chosen, scores, x.shape[0]) if self.training else None
+
+
+def balance(chosen: Tensor, scores: Tensor, batch_size: int) -> Routing:
+    """Loads and V3's sequence-wise balance loss (equations 17-20) without its factor alpha; rows count as sequences."""
+    experts, k = scores.shape[-1], chosen.shape[-1]
+    per_sequence = F.one_hot(chosen.view(batch_size, -1), experts).sum(1)  # [B, E]
+    tokens = chosen.shape[0] // batch_size
+    fraction = per_sequence * (experts / (k * tokens))
+    share = (scores / scores.sum(-1, keepdim=True)).view(batch_size, tokens, experts).mean(1)
+    return Routing(chosen, per_sequence.sum(0), (fraction * share).sum(-1).mean())
+
+
+def plain_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """The definition: every expert on every token, then the chosen ones weighted. The twin of the two fast paths."""
+    gate, up = torch.einsum("nd,ewd->new", x, gate_up).chunk(2, dim=-1)
+    every = torch.einsum("new,edw->ned", F.silu(gate) * up, down)
+    picked = every.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
+    return (picked * gates[..., None]).sum(1)
+
+
+def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """Tokens sorted by expert, then one grouped product a projection: no host synchronisation, for accelerators."""
+    k = chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)
+    ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    rows = x[order // k]
+    gate, up = F.grouped_mm(rows, gate_up.to(rows.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    out = F.grouped_mm(F.silu(gate) * up, down.to(rows.dtype).transpose(1, 2), offs=ends)
+    out = out * gates.flatten()[order, None]
+    return torch.empty_like(out).index_copy(0, order, out).view(-1, k, x.shape[-1]).sum(1)
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """One expert at a time on its own tokens, so that its rows stay in the cache from the first product to the last."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        k = chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).tolist()
+        tokens, weights = order // k, gates.flatten()[order]
+        out = torch.zeros_like(x)
+        hidden = x.new_empty(order.shape[0], gate_up.shape[1])  # gate and up before the activation
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                part = slice(start, start + count)
+                rows = tokens[part]
+                both = torch.mm(x[rows], gate_up[expert].T, out=hidden[part])
+                gate, up = both.chunk(2, dim=-1)
+                product = F.silu(gate).mul_(up) @ down[expert].T
+                out.index_add_(0, rows, product.mul_(weights[part, None]))
+                start += count
+        ctx.save_for_backward(x, gate_up, down, gates, order, hidden)
+        ctx.counts = counts
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor):
+        x, gate_up, down, gates, order, hidden = ctx.saved_tensors
+        k = gates.shape[1]
+        tokens, weights = order // k, gates.flatten()[order]
+        grad_x, grad_weights = torch.zeros_like(x), torch.empty_like(weights)
+        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        start = 0
+        for expert, count in enumerate(ctx.counts):
+            if count:
+                part = slice(start, start + count)
+                rows, weight = tokens[part], weights[part, None]
+                gate, up = hidden[part].chunk(2, dim=-1)
+                sigmoid = gate.sigmoid()
+                silu = gate * sigmoid
+                inner = silu * up
+                grad = grad_out[rows]
+                grad_inner = grad @ down[expert]  # before the gate's weight, which gives the weight's own gradient
+                grad_weights[part] = (grad_inner * inner).sum(-1)
+                torch.mm(grad.T, inner.mul_(weight), out=grad_down[expert])
+                grad_inner.mul_(weight)
+                both = torch.empty_like(hidden[part])
+                grad_gate, grad_up = both.chunk(2, dim=-1)
+                torch.mul(grad_inner, silu, out=grad_up)
+                # d silu = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu - silu * sigmoid
+                torch.mul(grad_inner.mul_(up), sigmoid.add_(silu).addcmul_(silu, gate.sigmoid(), value=-1), out=grad_gate)
+                torch.mm(both.T, x[rows], out=grad_gate_up[expert])
+                grad_x.index_add_(0, rows, both @ gate_up[expert])
+                start += count
+        grad_gates = torch.empty_like(weights).index_copy_(0, order, grad_weights).view_as(gates)
+        return grad_x, grad_gate_up, grad_down, None, grad_gates
+
+
+def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """As `plain_experts`, in time proportional to the chosen experts; made for a CPU's caches."""
+    return _GroupedExperts.apply(x, gate_up, down, chosen, gates)

@@ -1,0 +1,222 @@
+"""The model, top to bottom: embed, blocks, norm, head. DeepSeek V2/V3 and the Llama/Qwen family are one class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twelve.config import ModelConfig
+from twelve.model.attention import GroupedQueryAttention, LatentAttention, LayerCache, Positions
+from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
+from twelve.model.moe import Experts, MoE, Router, Routing
+from twelve.model.mtp import MTPModule, shift_targets
+from twelve.model.rope import inverse_frequencies
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then a dense or a mixture-of-experts feed-forward, each on a normed residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config) if config.is_mla else GroupedQueryAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(index)
+        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
+        """x [B, T, D] -> [B, T, D], and the routing of an MoE layer in training."""
+        x = x + self.self_attn(self.input_layernorm(x), at, cache)
+        fed = self.mlp(self.post_attention_layernorm(x))
+        fed, routing = fed if self.is_moe else (fed, None)
+        return x + fed, routing
+
+
+class Cache:
+    """The past of a batch of sequences of equal length: per layer only what its attention needs."""
+
+    def __init__(self, model: Transformer, batch_size: int, max_length: int) -> None:
+        like = model.embed_tokens.weight
+        blocks = [*model.layers, *(module.block for module in model.mtp)]
+        self.layers = [LayerCache(batch_size, max_length, b.self_attn.cache_shapes(), like) for b in blocks]
+        self.max_length, self.length = max_length, 0
+        self.depth = len(model.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence takes in the main model's layers (MTP modules add theirs)."""
+        return sum(layer.bytes_per_token for layer in self.layers[: self.depth])
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+
+
+@dataclass
+class Losses:
+    """What one training forward pass gives; `total` is what to differentiate."""
+
+    total: Tensor
+    main: Tensor  # mean next-token cross entropy in nats
+    mtp: list[Tensor] = field(default_factory=list)  # the same for each MTP depth
+    balance: Tensor | None = None  # mean over MoE layers of the sequence-wise balance loss, without its factor
+    loads: list[Tensor] = field(default_factory=list)  # [E] of every MoE layer, in the order of `moe_layers()`
+
+
+class Transformer(nn.Module):
+    """A decoder-only model built from `ModelConfig`. `model(ids)` gives logits."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        depth = config.num_hidden_layers
+        self.mtp = nn.ModuleList(
+            MTPModule(config, Block(config, depth + k)) for k in range(config.num_nextn_predict_layers)
+        )
+        self._frequencies: tuple[Tensor, float] | None = None
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> Transformer:
+        """Normal weights, std initializer_range; projections back into the residual stream smaller by 1 / sqrt(2 * layers)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = 1 / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                back = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
+                std = self.config.initializer_range * (residual if back else 1.0)
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> Cache:
+        return Cache(self, batch_size, max_length or self.config.max_position_embeddings)
+
+    def moe_layers(self) -> list[MoE]:
+        """Every mixture-of-experts layer, main model first, then MTP modules."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def positions(
+        self, ids: Tensor, start: int = 0, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Positions:
+        """Rotations and mask of ids [B, T] that follow `start` cached tokens."""
+        length, device = ids.shape[1], ids.device
+        if self._frequencies is None or self._frequencies[0].device != device:
+            frequencies, scale = inverse_frequencies(self.config)
+            self._frequencies = frequencies.to(device), scale
+        frequencies, scale = self._frequencies
+        if positions is None:
+            positions = torch.arange(start, start + length, device=device)[None]
+        angles = positions[..., None].float() * frequencies
+        dtype = self.embed_tokens.weight.dtype
+        cos, sin = ((f(angles) * scale).to(dtype)[:, :, None] for f in (torch.cos, torch.sin))
+        mask = None
+        if documents is not None:
+            same = documents[:, :, None] == documents[:, None, :]
+            mask = same.tril()[:, None]  # [B, 1, T, T]
+        elif start and length > 1:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None]
+        return Positions(cos, sin, mask, start)
+
+    def hidden(self, ids: Tensor, at: Positions, cache: Cache | None = None) -> tuple[Tensor, list[Routing]]:
+        """ids [B, T] -> states after the final norm [B, T, D], and the routing of each MoE layer in training."""
+        x = self.embed_tokens(ids)
+        routings = []
+        for index, layer in enumerate(self.layers):
+            x, routing = layer(x, at, cache.layers[index] if cache is not None else None)
+            if routing is not None:
+                routings.append(routing)
+        return self.norm(x), routings
+
+    def forward(
+        self, ids: Tensor, cache: Cache | None = None, documents: Tensor | None = None, positions: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Logits [B, T, V] of ids [B, T] int64 ([B, 1, V] with `last_only`).
+
+        With a cache the ids continue what it holds, and are added to it. `documents` [B, T] numbers the documents packed
+        into a row (attention stays inside each); `positions` [B, T] then restart with them.
+        """
+        start = cache.length if cache is not None else 0
+        if cache is not None and start + ids.shape[1] > cache.max_length:
+            raise ValueError(f"{start} cached and {ids.shape[1]} new tokens do not fit a cache of {cache.max_length}")
+        x, _ = self.hidden(ids, self.positions(ids, start, positions, documents), cache)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return F.linear(x[:, -1:] if last_only else x, self.head_weight)
+
+    def mtp_logits(self, ids: Tensor) -> list[Tensor]:
+        """Logits of each MTP depth k = 1, 2, ...: [B, T - k, V], row i predicting token i + k + 1 of ids [B, T]."""
+        states, _ = self.hidden(ids, self.positions(ids))
+        out = []
+        for k, module in enumerate(self.mtp, start=1):
+            following = ids[:, k:]
+            states, _ = module(states[:, : following.shape[1]], self.embed_tokens(following), self.positions(following))
+            out.append(F.linear(states, self.head_weight))
+        return out
+
+    def losses(
+        self, ids: Tensor, targets: Tensor, documents: Tensor | None = None, positions: Tensor | None = None,
+        mtp_weight: float = 0.3, balance_weight: float = 1e-4,
+    ) -> Losses:  # fmt: skip
+        """Training losses of ids [B, T] against next tokens [B, T], negative where there is none.
+
+        total = main + mtp_weight * mean over MTP depths + balance_weight * mean over MoE layers (V3 equations 18, 25).
+        """
+        at = self.positions(ids, 0, positions, documents)
+        states, routings = self.hidden(ids, at)
+        losses = Losses(None, linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten()))
+        losses.total = losses.main
+        following = ids
+        for module in self.mtp:
+            following = torch.cat((following[:, 1:], following[:, -1:]), dim=1)  # the last has no target
+            targets = shift_targets(targets, documents)
+            states, routing = module(states, self.embed_tokens(following), at)
+            losses.mtp.append(linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten()))
+            if routing is not None:
+                routings.append(routing)
+        if losses.mtp:
+            losses.total = losses.total + mtp_weight / len(losses.mtp) * sum(losses.mtp)
+        if routings:
+            losses.loads = [routing.load for routing in routings]
+            losses.balance = torch.stack([routing.balance for routing in routings]).mean()
+            losses.total = losses.total + balance_weight * losses.balance
+        return losses
+
+
+def count_parameters(config: ModelConfig, mtp: bool = False) -> dict[str, int]:
+    """{"total", "active"}: all parameters, and those that work on one token, of the main model (with its MTP modules if `mtp`).
+
+    Nothing is allocated. Active parameters include the embedding and the output head.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    total = idle = 0
+    for name, module in model.named_modules():
+        if name.startswith("mtp.") and not mtp:
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        total += size
+        if isinstance(module, Experts):
+            idle += size - size * config.num_experts_per_tok // config.n_routed_experts
+        elif isinstance(module, Router) and config.topk_method == "noaux_tc":
+            total += module.e_score_correction_bias.numel()
+    return {"total": total, "active": total - idle}
