@@ -1,0 +1,358 @@
+"""The front door: one verb a function, no logic. What a verb does lives in the room that it imports.
+
+A verb returns what it found as a dict. Without --json its numbers and words are printed one a line, and `next` last;
+with --json the dict is the one thing on standard output, and all else goes to standard error. The verbs that talk
+(chat, generate, serve) print for themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import twelve
+from twelve.errors import InputError
+
+Result = dict[str, Any]
+Options = argparse.Namespace
+
+DESCRIPTION = """\
+Text and checkable tasks into a model folder, and a model folder into a conversation, on the machine you have.
+
+  demo        train a small model for a few minutes, measure it, and show what it can do
+  tokenize    text files into token shards
+  pretrain    text into a model folder
+  sft         a model folder and conversations into a model folder
+  eval        bits per byte of text, and accuracy on checkable tasks
+  chat        talk to a model here
+  generate    answer one prompt, or one a line of a file
+  serve       an OpenAI-shaped API and a page, on this machine
+  convert     any model that can be read into a Hugging Face folder
+
+A MODEL is a folder, a .gguf file, or the name of an installed model package (smollm2).
+A PATH is a .txt, .md or .jsonl file (.gz and .zst too), a folder of them, or - for standard input."""
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def demo(options: Options) -> Result:
+    from twelve.demo import demo
+
+    return demo(options.out, **_given(options, {"minutes", "seed", "device"}))
+
+
+def tokenize(options: Options) -> Result:
+    from twelve.data.corpus import tokenize
+
+    return tokenize(options.paths, options.out, options.tokenizer, options.vocab_size)
+
+
+def pretrain(options: Options) -> Result:
+    from twelve.train.pretrain import pretrain
+
+    return pretrain(options.paths, options.out, **_given(options, TRAINING | SHAPE))
+
+
+def sft(options: Options) -> Result:
+    from twelve.train.sft import sft
+
+    return sft(options.model, options.paths, options.out, **_given(options, TRAINING))
+
+
+def evaluate(options: Options) -> Result:
+    from twelve.evaluate.evaluate import evaluate
+
+    return evaluate(
+        options.model, texts=options.text, tasks=options.task, languages=options.language, levels=options.level,
+        **_given(options, {"problems", "limit", "context", "temperature", "seed", "device"}),
+    )  # fmt: skip
+
+
+def chat(options: Options) -> None:
+    from twelve.serve import terminal
+
+    terminal.chat(_engine(options), **_given(options, SAMPLING | {"system"}), as_json=options.json)
+
+
+def generate(options: Options) -> None:
+    from twelve.serve import terminal
+
+    given = _given(options, SAMPLING | {"n", "stop"})
+    terminal.generate(_engine(options), options.prompt, **given, as_json=options.json)
+
+
+def serve(options: Options) -> None:
+    from twelve.serve import bind, run
+
+    listening = bind(options.host, options.port)  # a port in use should not cost the time to load a model
+    engine = _engine(options)
+    name = options.name or os.path.basename(os.path.abspath(options.model))
+    with contextlib.ExitStack() as quiet:
+        if options.json:
+            host, port = listening.getsockname()[:2]
+            print(json.dumps({"url": f"http://{host}:{port}", "model": name}, ensure_ascii=False), flush=True)
+            quiet.enter_context(contextlib.redirect_stdout(sys.stderr))
+        run(engine, name, sock=listening)
+
+
+def convert(options: Options) -> Result:
+    import torch
+
+    from twelve.convert import load, save
+
+    model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
+    save(model, tokenizer, options.out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"model": options.out, "dtype": options.dtype, "parameters": parameters, "next": f"twelve chat {options.out}"}
+
+
+def _engine(options: Options):
+    from twelve.convert import load
+    from twelve.engine import Engine
+
+    model, tokenizer = load(options.model, device=options.device)
+    if tokenizer is None:
+        raise InputError(f"{options.model} has no tokenizer, so it cannot read or write text")
+    return Engine(model, tokenizer)
+
+
+# --- their options ----------------------------------------------------------------------------------------------------
+
+TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "device"}
+SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
+SAMPLING = {"temperature", "top_p", "max_tokens", "seed"}
+
+
+def _given(options: Options, names: set[str]) -> Result:
+    """The options that were given; the rest keep the room's own defaults."""
+    return {name: getattr(options, name) for name in sorted(names) if getattr(options, name) is not None}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="twelve", description=DESCRIPTION, usage="twelve VERB [options]   (twelve VERB --help)")
+    parser.add_argument("--version", action="version", version=f"twelve {twelve.__version__}")
+    verbs = parser.add_subparsers(prog="twelve", metavar="VERB", required=True, parser_class=Parser)
+
+    def verb(run: Callable, name: str, arguments: str, description: str, talks: bool = False) -> Parser:
+        usage = " ".join(f"twelve {name} {arguments} [options]".split())
+        made = verbs.add_parser(name, usage=usage, description=description)
+        made.set_defaults(run=run, talks=talks)
+        made.add_argument("--json", action="store_true", help="print the result as JSON")
+        return made
+
+    made = verb(demo, "demo", "", "Train a small V3-shape model on solved problems, measure it, and write a report.")
+    made.add_argument("--minutes", type=positive_float, help="of training (default: 5)")
+    made.add_argument("--out", default="runs/demo", metavar="FOLDER", help="default: runs/demo")
+    _computing(made)
+
+    made = verb(tokenize, "tokenize", "PATH...", "Read text, train a tokenizer if none is named, write shards.")
+    made.add_argument("paths", nargs="+", metavar="PATH")
+    made.add_argument("--out", default="runs/tokens", metavar="FOLDER", help="default: runs/tokens")
+    _tokenizer(made)
+
+    made = verb(pretrain, "pretrain", "PATH...", "Train a model on text. The same command again resumes.")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="text, or a folder that `twelve tokenize` wrote")
+    made.add_argument("--out", default="runs/pretrain", metavar="FOLDER", help="the model (default: runs/pretrain)")
+    _training(made)
+    _tokenizer(made)
+    made.add_argument("--width", type=positive, help="of the residual stream, a multiple of 64")
+    made.add_argument("--layers", type=positive, help="decoder layers")
+    made.add_argument("--experts", type=natural, help="routed experts a layer; 0 makes a dense model")
+    made.add_argument("--experts-per-token", type=positive, help="of them, how many work on a token")
+    made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
+    _computing(made)
+
+    made = verb(sft, "sft", "MODEL PATH...", "Fine-tune on conversations. The same command again resumes.")
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl with 'messages'")
+    made.add_argument("--out", default="runs/sft", metavar="FOLDER", help="the new model (default: runs/sft)")
+    _training(made)
+    _computing(made)
+
+    made = verb(evaluate, "eval", "MODEL", "Measure a model. Name text, tasks or both.")
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="bits per byte of each")
+    made.add_argument("--task", nargs="+", metavar="NAME", default=[], help="arithmetic, word_problems, or all")
+    made.add_argument("--language", nargs="+", choices=("en", "ko"), default=["en", "ko"],
+                      metavar="CODE", help="en, ko (default: both)")
+    made.add_argument("--level", nargs="+", type=positive, default=[1], help="of tasks (default: 1)")
+    made.add_argument("--problems", type=positive, help="a task, language and level (default: 100)")
+    made.add_argument("--limit", type=positive, help="documents of each PATH")
+    made.add_argument("--context", type=positive, help="tokens of a window (default: the model's, at most 2048)")
+    made.add_argument("--temperature", type=not_negative, help="of answers (default: 0, greedy)")
+    _computing(made)
+
+    made = verb(chat, "chat", "MODEL", "Talk to a model; text on standard input is one question.", talks=True)
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--system", metavar="TEXT", help="system message")
+    _sampling(made)
+
+    made = verb(generate, "generate", "MODEL [PROMPT]", "Continue a text as it stands, without a chat.", talks=True)
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("prompt", nargs="?", default="-", metavar="PROMPT", help="default: standard input")
+    made.add_argument("--n", type=positive, help="continuations (default: 1)")
+    made.add_argument("--stop", nargs="+", metavar="TEXT", help="end before the first of these")
+    _sampling(made)
+
+    made = verb(serve, "serve", "MODEL", "Serve an OpenAI-shaped API and a page from this machine.", talks=True)
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--name", help="of the model in the API (default: the folder's)")
+    made.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine only)")
+    made.add_argument("--port", type=port, default=8000, help="default: 8000; 0 takes a free one")
+    _computing(made, draws=False)
+
+    made = verb(convert, "convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder of safetensors.")
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--out", required=True, metavar="FOLDER")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", metavar="NAME",
+                      help="float32 (default), bfloat16 or float16")  # fmt: skip
+    return parser
+
+
+def _training(made: argparse.ArgumentParser) -> None:
+    length = made.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=positive_float, help="for everything, from start to end (default: 10)")
+    length.add_argument("--steps", type=positive, help="optimiser steps, instead of --minutes")
+    made.add_argument("--batch", type=positive, help="sequences a step")
+    made.add_argument("--context", type=positive, help="tokens a sequence")
+    made.add_argument("--learning-rate", type=positive_float, help="at the peak of the schedule")
+
+
+def _tokenizer(made: argparse.ArgumentParser) -> None:
+    which = made.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", metavar="FOLDER", help="one that exists")
+    which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: chosen by its size)")
+
+
+def _sampling(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--temperature", type=not_negative, help="0 always takes the most likely token")
+    made.add_argument("--top-p", type=share, help="draw from the smallest set that holds this share of probability")
+    made.add_argument("--max-tokens", type=positive, help="of an answer")
+    _computing(made)
+
+
+def _computing(made: argparse.ArgumentParser, draws: bool = True) -> None:
+    if draws:
+        made.add_argument("--seed", type=natural, help="of everything that is drawn")
+    made.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, ... (default: what there is)")
+    made.add_argument("--threads", type=positive, help="of the CPU (default: one a core)")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
+
+
+positive = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+natural = _number(int, lambda value: value >= 0, "a whole number from 0 on")
+port = _number(int, lambda value: 0 <= value <= 65535, "a port from 0 to 65535")
+positive_float = _number(float, lambda value: value > 0, "a number above 0")
+not_negative = _number(float, lambda value: value >= 0, "a number from 0 on")
+
+share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def device(text: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=text)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch's word for "not compiled with CUDA"
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine ({reason})") from None
+    return text
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions keep their lines, values are called N, and a verb's help fits a screen."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=110)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return "N"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        options = build_parser().parse_args(arguments)
+        _set_threads(options)
+        if options.talks:
+            options.run(options)
+        elif options.json:
+            with contextlib.redirect_stdout(sys.stderr):
+                result = options.run(options)
+            print(json.dumps(result, ensure_ascii=False))
+        else:
+            _show(options.run(options))
+        sys.stdout.flush()
+    except InputError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 2)
+    except KeyboardInterrupt as stop:  # a verb that can go on later says how in the exception
+        return _fail(str(stop) or "interrupted", 130, kind="stopped")
+    return 0
+
+
+def _set_threads(options: Options) -> None:
+    if getattr(options, "threads", None):
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def _show(result: Result) -> None:
+    """The result's numbers and words, one a line; nested parts are for --json and the report."""
+    rows = {name: value for name, value in result.items() if isinstance(value, str | int | float) and name != "next"}
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+    if "next" in result:
+        print(f"next: {result['next']}")
+
+
+def _fail(message: str, status: int, kind: str = "error") -> int:
+    print(f"twelve: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

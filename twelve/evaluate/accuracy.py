@@ -1,0 +1,86 @@
+"""Accuracy on checkable tasks, with its standard error."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from twelve import tasks
+from twelve.data.chat import render, split_reasoning
+from twelve.engine import Engine, Request
+
+KEPT_SAMPLES = 8
+
+
+@dataclass
+class Accuracy:
+    """The share of problems solved, and some of the answers."""
+
+    task: str
+    language: str
+    level: int
+    asked: int
+    score: float  # sum over problems; each counts from 0 to 1
+    cut_short: int  # answers that ran into `max_tokens`
+    tokens: int  # drawn for the answers
+    seconds: float
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float:
+        return self.score / self.asked
+
+    @property
+    def standard_error(self) -> float:
+        """Binomial: sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.asked)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"accuracy": self.accuracy, "standard_error": self.standard_error, **asdict(self)}
+
+
+def problems(task: str, language: str, level: int, n: int, seed: int) -> list[tasks.Problem]:
+    """The `n` problems that this seed stands for: different questions, the same in every run and on every machine."""
+    generator = tasks.get(task)
+    draw = random.Random(f"twelve evaluate {task} {language} {level} {seed}")
+    found: dict[str, tasks.Problem] = {}
+    for _ in range(50 * n):  # an easy level may have fewer different questions than were asked for
+        problem = generator.generate(draw.getrandbits(63), level, language)
+        found.setdefault(problem.question, problem)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def task_accuracy(
+    engine: Engine, tokenizer, task: str, language: str = "en", level: int = 1, n: int = 100, seed: int = 0,
+    temperature: float = 0.0, max_tokens: int = 256,
+) -> Accuracy:  # fmt: skip
+    """Ask `n` problems of a task through the chat template and score the answers.
+
+    Greedy by default; with a temperature the draws follow from `seed`. InputError for an unknown task, language or
+    level, or a tokenizer without a chat template.
+    """
+    started = time.monotonic()
+    scorer = tasks.get(task)
+    asked = problems(task, language, level, n, seed)
+    result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0)
+    for index, problem in enumerate(tqdm(asked, desc=f"{task} {language} {level}", unit="problem", leave=False)):
+        prompt = render(tokenizer, [{"role": "user", "content": problem.question}])
+        request = Request(tokenizer.encode(prompt), max_tokens, temperature, seed=seed * 1_000_003 + index)
+        [answer] = engine.generate([request])
+        score = scorer.score(problem, answer.text)
+        result.score += score
+        result.cut_short += answer.finish_reason == "length"
+        result.tokens += answer.completion_tokens
+        if index < KEPT_SAMPLES:
+            reasoning, text = split_reasoning(answer.text)
+            sample = {"prompt": problem.question, "reasoning": reasoning, "text": text}
+            result.samples.append({**sample, "expected": problem.answer, "score": score})
+    result.seconds = time.monotonic() - started
+    return result

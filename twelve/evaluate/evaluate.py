@@ -1,0 +1,49 @@
+"""Measure one model on text and tasks, a line for each measure as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from twelve import tasks as known_tasks
+from twelve.convert import load
+from twelve.engine import Engine
+from twelve.errors import InputError
+from twelve.evaluate.accuracy import task_accuracy
+from twelve.evaluate.bits import bits_per_byte
+
+
+def evaluate(
+    model: str | Path, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (), languages: Sequence[str] = ("en", "ko"),
+    levels: Sequence[int] = (1,), problems: int = 100, limit: int | None = None, context: int | None = None,
+    temperature: float = 0.0, seed: int = 0, device: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Bits per byte of each of `texts`, and accuracy on every task x language x level, with standard errors.
+
+    `tasks` may be ("all",). InputError when nothing was named, before the model is read.
+    """
+    if not texts and not tasks:
+        raise InputError("nothing to measure: name --text PATH, --task NAME (or --task all), or both")
+    names = known_tasks.names() if "all" in tasks else list(tasks)
+    for name in names:
+        known_tasks.get(name)
+    network, tokenizer = load(model, device=device)
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer")
+    result: dict[str, Any] = {"model": str(model), "seed": seed, "text": [], "tasks": []}
+    for path in texts:
+        bits = bits_per_byte(network, tokenizer, path, context=context, limit=limit)
+        result["text"].append({"path": str(path), **bits.to_dict()})
+        print(f"{path}: {bits.bits_per_byte:.4f} ± {bits.standard_error:.4f} bits a byte "
+              f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
+    engine = Engine(network, tokenizer)
+    for name in names:
+        for language in languages:
+            for level in levels:
+                found = task_accuracy(engine, tokenizer, name, language, level, problems, seed, temperature)
+                result["tasks"].append(found.to_dict())
+                print(f"{name} {language} level {level}: {found.accuracy:.1%} ± {found.standard_error:.1%} "
+                      f"({found.asked} problems, {found.cut_short} answers cut short)")  # fmt: skip
+    result["next"] = f"twelve chat {model}"
+    return result
