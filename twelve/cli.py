@@ -110,7 +110,7 @@ def convert(options: Options) -> Result:
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
     save(model, tokenizer, options.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"model": options.out, "dtype": options.dtype, "parameters": parameters, "next": f"twelve chat {options.out}"}
+    return {"model": options.out, "parameters": parameters, "next": f"twelve chat {options.out}"}
 
 
 def _engine(options: Options):

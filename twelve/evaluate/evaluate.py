@@ -15,9 +15,10 @@ from twelve.evaluate.bits import bits_per_byte
 
 
 def evaluate(
-    model: str | Path, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (), languages: Sequence[str] = ("en", "ko"),
-    levels: Sequence[int] = (1,), problems: int = 100, limit: int | None = None, context: int | None = None,
-    temperature: float = 0.0, seed: int = 0, device: str | None = None,
+    model: str | Path, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (),
+    languages: Sequence[str] = ("en", "ko"), levels: Sequence[int] = (1,), problems: int = 100,
+    limit: int | None = None, context: int | None = None, temperature: float = 0.0, seed: int = 0,
+    device: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bits per byte of each of `texts`, and accuracy on every task x language x level, with standard errors.
 
