@@ -137,11 +137,11 @@ def bars(title: str, values: Mapping[str, tuple[float, float]], unit: str = "", 
 NAMES = {  # of the columns of training/metrics.jsonl: title, unit
     "loss": ("Loss", "nats a token"),
     "mtp_loss": ("Multi-token prediction loss", "nats a token"),
-    "balance_loss": ("Sequence balance loss", ""),
+    "balance": ("Sequence balance loss", "1 is even"),
     "learning_rate": ("Learning rate", ""),
     "tokens_per_second": ("Throughput", "tokens/s"),
-    "gradient_norm": ("Gradient norm", "before clipping"),
-    "max_violation": ("Expert load imbalance", "MaxVio: largest load over the mean, minus 1"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "max_violation": ("Expert load imbalance", "MaxVio of the worst layer"),
 }
 CLOCKS = ("step", "tokens", "seconds")
 
@@ -160,8 +160,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One curve for every number that the rows hold, the known ones first."""
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    """One curve for every number that the rows hold, the known ones first; a part that the model lacks stays at 0."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value) and value)
     known = [key for key in NAMES if key in keys]
     others = [key for key in keys if key not in NAMES and key not in CLOCKS]
     steps = [row["step"] for row in rows]
