@@ -206,10 +206,11 @@ def small_v3(
     vocab_size: int, width: int = 256, layers: int = 6, experts: int = 16, experts_per_token: int = 4, context: int = 1024,
     mtp: int = 0,
 ) -> ModelConfig:  # fmt: skip
-    """V3's shape at any size: V3's proportions of head, latent and expert widths, scaled to `width`.
+    """V3's shape at any size, with one shared expert and a dense first layer as wide as a token's experts together.
 
-    Heads are 64 + 32 wide, the latent is half the width, an expert half the width, the shared expert one more, the
-    first layer dense with the width that the active experts have together. `experts=0` gives a dense model.
+    Heads have 32 unrotated and 32 rotated elements and values of 64, so that the fused attention kernels, which want keys
+    and values of one width, need no padding. The latent and an expert are half as wide as the model. `experts=0` gives
+    dense layers only.
     """
     if width % 64:
         raise InputError(f"width {width} must be a multiple of 64")
@@ -218,7 +219,7 @@ def small_v3(
         model_type="deepseek_v3", vocab_size=vocab_size, hidden_size=width,
         intermediate_size=expert_width * (experts_per_token + 1), num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64), max_position_embeddings=context,
-        q_lora_rank=None, kv_lora_rank=max(32, width // 2), qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+        q_lora_rank=None, kv_lora_rank=max(32, width // 2), qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
         n_routed_experts=experts or None, n_shared_experts=1 if experts else None,
         num_experts_per_tok=min(experts_per_token, experts) if experts else None,
         moe_intermediate_size=expert_width if experts else None, first_k_dense_replace=1 if experts else 0,

@@ -1,0 +1,41 @@
+"""One file that holds everything a run needs to go on: replaced atomically, so it is whole or the one before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from twelve.errors import InputError
+from twelve.files import atomic_write
+from twelve.model import Transformer
+from twelve.train.optimizer import MuonAdamW
+
+
+def save_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW, state: dict) -> None:
+    """Weights and router biases, optimiser, and `state` (numbers and text: step, seconds, ...).
+
+    There is no random state to keep: initial weights, order of the data and everything else drawn are functions of the
+    seed and the step. Raises InputError when the disk is full; the file before stays.
+    """
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizer.state.items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps({**state, "optimizer_steps": optimizer.step_count})})
+
+
+def load_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW) -> dict:
+    """Restore both in place and give the `state` back. Raises InputError when the file does not fit the model."""
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for prefix, tensors in (("model", model.state_dict()), ("optimizer", optimizer.state)):
+                for name, mine in tensors.items():
+                    mine.copy_(file.get_tensor(f"{prefix}.{name}"))
+            state = json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: not a checkpoint of this model ({error}); remove it to start again") from error
+    optimizer.step_count = state["optimizer_steps"]
+    return state

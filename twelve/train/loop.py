@@ -1,0 +1,174 @@
+"""The one training loop: a step, a log line, a checkpoint. Pretraining and fine-tuning give it a model, data and a plan."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from twelve.model import Transformer
+from twelve.train.checkpoint import load_checkpoint, save_checkpoint
+from twelve.train.optimizer import MuonAdamW
+from twelve.train.plan import Plan
+from twelve.train.precision import autocast
+from twelve.train.schedule import learning_rate
+
+REVISE_AT = (0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98)  # shares of a timed run where its length is corrected
+SAVE_SHARE = 0.02  # at most this share of the time goes into checkpoints
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the work was saved; the message says how to go on."""
+
+
+class Trainer:
+    """A model with its optimiser, its data and its plan; `run` trains from wherever the folder's checkpoint stands.
+
+    `batches(step)` must be a pure function that gives the step's rows: ids, targets, positions, documents [B, T].
+    """
+
+    def __init__(self, model: Transformer, batches: Callable[[int], Any], plan: Plan, folder: Path) -> None:
+        self.model, self.batches, self.plan, self.folder = model.train(), batches, plan, folder
+        self.optimizer = MuonAdamW(model, weight_decay=plan.weight_decay, muon=plan.muon)
+        self.parameters = list(model.parameters())
+        self.routers = [layer.gate for layer in model.moe_layers()]
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.checkpoint = folder / "training" / "checkpoint.safetensors"
+        self.metrics = folder / "training" / "metrics.jsonl"
+        if plan.compile:
+            for layer in model.layers:
+                layer.compile()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; the figures of it."""
+        plan, step = self.plan, self.step
+        rate = learning_rate(step, plan.steps(step), plan.learning_rate, plan.warmup, plan.decay_share)
+        decaying = plan.in_decay(step)
+        batch = self.batches(step)
+        counted = max(1, int((batch.targets >= 0).sum()))
+        figures = {"loss": 0.0, "mtp_loss": 0.0, "balance": 0.0}
+        loads = None
+        parts = -(-plan.batch_size // plan.micro_batch_size)
+        for part in range(parts):
+            rows = slice(part * plan.micro_batch_size, (part + 1) * plan.micro_batch_size)
+            ids, targets, positions, documents = (
+                tensor[rows].to(self.model.device, non_blocking=True)
+                for tensor in (batch.ids, batch.targets, batch.positions, batch.documents)
+            )
+            several = bool((documents != documents[:, :1]).any())
+            with autocast(ids.device, plan.precision):
+                losses = self.model.losses(
+                    ids, targets, documents if several else None, positions if several else None,
+                    mtp_weight=plan.mtp_weight[decaying], balance_weight=plan.balance_weight,
+                )  # fmt: skip
+            share = int((targets >= 0).sum()) / counted if parts > 1 else 1.0
+            (losses.total * share).backward()
+            figures["loss"] += losses.main.item() * share
+            figures["mtp_loss"] += sum(loss.item() for loss in losses.mtp) / max(1, len(losses.mtp)) * share
+            figures["balance"] += losses.balance.item() / parts if losses.balance is not None else 0.0
+            loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
+        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip).item()
+        self.optimizer.step(rate)
+        self.optimizer.zero_grad()
+        if loads:
+            for router, load in zip(self.routers, loads, strict=True):
+                router.update_bias(load, 0.0 if decaying else plan.bias_update_speed)
+            figures["max_violation"] = max((load.max() / load.float().mean() - 1).item() for load in loads)
+        self.step += 1
+        self.tokens += batch.ids.numel()
+        return {"step": self.step, "tokens": self.tokens, "learning_rate": rate, **figures}
+
+    def run(self, seconds_left: Callable[[], float] | None = None, quiet: bool = False) -> None:
+        """Train to the planned end. With `seconds_left` the plan's length is corrected so that it ends on time.
+
+        Raises Interrupted on Ctrl-C, once a checkpoint is written.
+        """
+        self.restore()
+        stop = _InterruptFlag()
+        began, before = time.monotonic(), self.seconds
+        saved, save_cost = began, 0.0
+        marks = [mark for mark in REVISE_AT] if seconds_left else []
+        log = open(self.metrics, "a", encoding="utf-8")
+        total = self.plan.steps(self.step)
+        bar = tqdm(
+            total=total, initial=self.step, unit="step", disable=quiet, file=sys.stderr, mininterval=0.5, smoothing=0.05,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        with stop, log, bar:
+            while self.step < self.plan.steps(self.step):
+                started = time.monotonic()
+                figures = self.train_step()
+                now = time.monotonic()
+                self.seconds = before + now - began
+                figures |= {"seconds": self.seconds, "tokens_per_second": self.step_tokens / (now - started)}
+                log.write(json.dumps({key: _short(value) for key, value in figures.items()}) + "\n")
+                bar.update()
+                bar.set_postfix_str(f"loss {figures['loss']:.3f}, {self.step_tokens / (now - started):,.0f} tokens/s")
+                if marks and self.step >= marks[0] * self.plan.steps(self.step):
+                    while marks and self.step >= marks[0] * self.plan.steps(self.step):
+                        marks.pop(0)
+                    self._revise(seconds_left(), (now - began) / (self.step - bar.initial))
+                    bar.total = self.plan.steps(self.step)
+                if stop.asked or now - saved > max(15.0, save_cost / SAVE_SHARE):
+                    self.save(log)
+                    saved = time.monotonic()
+                    save_cost = saved - now
+                if stop.asked:
+                    raise Interrupted(f"saved at step {self.step}; run the same command again to go on")
+            self.save(log)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.plan.batch_size * self.plan.context
+
+    def _revise(self, seconds_left: float, seconds_per_step: float) -> None:
+        steps = self.step + max(1, round(seconds_left / seconds_per_step))
+        self.plan.revisions.append((self.step, steps))
+        self.plan.save(self.folder)  # before the next step, which already follows it
+
+    def save(self, log) -> None:
+        log.flush()
+        state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens}
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
+
+    def restore(self) -> None:
+        """Go back to the folder's checkpoint, if there is one, and drop log lines of steps after it."""
+        if self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+            self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
+            self.metrics.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+class _InterruptFlag:
+    """While active, the first Ctrl-C only sets `asked`, so that a step ends and is saved; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _InterruptFlag:
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not the main thread: leave the handling to whoever runs us
+            self.previous = None
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}") if isinstance(value, float) else value

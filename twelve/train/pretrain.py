@@ -1,0 +1,114 @@
+"""Pretraining: text in, a model folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twelve import __version__
+from twelve.config import ModelConfig, small_v3
+from twelve.data.corpus import tokenize
+from twelve.data.shards import PackedData
+from twelve.data.tokenizer import Tokenizer
+from twelve.model import Transformer
+from twelve.train.plan import Plan
+from twelve.train.precision import pick_device, pick_precision
+from twelve.train.run import Prepared, run
+
+
+def pretrain(
+    paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None, seed: int = 0,
+    tokenizer: str | None = None, vocab_size: int | None = None, width: int = 256, layers: int = 4, experts: int = 8,
+    experts_per_token: int = 2, mtp: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 4e-3,
+    muon: bool = True, compile: bool | None = None, device: str | None = None, started: float | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a V3-shape model on documents and save it as a folder; the same call again resumes.
+
+    `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context` tokens.
+    One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes
+    if none does. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
+    """
+    if minutes is None and steps is None:
+        minutes = 10.0
+    options = {
+        "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed, "tokenizer": tokenizer,
+        "vocab_size": vocab_size, "width": width, "layers": layers, "experts": experts,
+        "experts_per_token": experts_per_token, "mtp": mtp, "context": context, "batch": batch,
+        "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device,
+    }  # fmt: skip
+
+    def prepare(folder: Path, plan: Plan | None) -> Prepared:
+        target = pick_device(device)
+        shards, words = _shards(paths, folder, tokenizer, vocab_size)
+        data = PackedData(shards)
+        if plan is None:
+            config = small_v3(words.vocab_size, width, layers, experts, experts_per_token, context, mtp)
+            config.bos_token_id = words.bos_id
+            config.eos_token_id = words.eos_id
+            config.pad_token_id = words.pad_id
+            plan = Plan(
+                stage="pretrain", options=options, config=config.to_dict(), data=_describe(data), context=context,
+                batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
+                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
+                compile=target.type == "cuda" if compile is None else compile,
+            )  # fmt: skip
+        elif plan.data != _describe(data):
+            raise_changed(folder)
+        config = ModelConfig(**plan.config)
+
+        def make_model() -> Transformer:
+            return Transformer(config).init_weights(seed).to(target)
+
+        def batches(step: int):
+            return data.batch(step, plan.batch_size, plan.context, plan.seed)
+
+        epoch_steps = max(1, data.windows(context) // batch)
+        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps)
+
+    result = run("pretrain", out, options, prepare, minutes, steps, started, quiet)
+    return {**result, "next": f"twelve generate {out} \"...\""}
+
+
+def raise_changed(folder: Path) -> None:
+    from twelve.errors import InputError
+
+    raise InputError(f"the data of the run in {folder} has changed since it started: put it back, or use another folder")
+
+
+def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None) -> tuple[Path, Tokenizer]:
+    """The folder of token shards for `paths`, made if need be, and their tokenizer."""
+    first = Path(paths[0])
+    if len(paths) == 1 and (first / "meta.json").exists():
+        return first, Tokenizer.load(first)
+    shards = folder / "training" / "data"
+    tokenize(paths, shards, tokenizer, vocab_size)
+    return shards, Tokenizer.load(shards)
+
+
+def _describe(data: PackedData) -> dict[str, Any]:
+    return {"tokens": data.tokens, "bytes": data.bytes, "documents": data.documents, "sha256": data.sha256}
+
+
+def _card(plan: Plan, figures: dict[str, Any]) -> str:
+    sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
+    return f"""# {Path(figures['model']).name}
+
+A small language model in DeepSeek-V3's shape, pretrained with twelve {__version__}.
+
+| | |
+|---|---|
+| parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
+| tokens seen | {figures['tokens']:,} of {plan.data['tokens']:,} in the data |
+| training loss | {figures['loss']} nats a token |
+| time | {figures['training_seconds']} s on {plan.threads} CPU threads or the device in `training/plan.json` |
+| seed | {plan.seed} |
+
+Data ({plan.data['bytes']:,} bytes of text, SHA-256 of the tokens {plan.data['sha256'][:16]}…; its licence is its owner's):
+
+{sources}
+
+Limits: it repeats its data's mistakes and prejudices, knows little, and states falsehoods fluently.
+"""

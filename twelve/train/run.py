@@ -1,0 +1,151 @@
+"""A training run from its folder's point of view: one writer, a plan that holds, a resume, and a model folder at the end."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twelve import report
+from twelve.convert import save
+from twelve.errors import InputError
+from twelve.files import FolderLock
+from twelve.model import Transformer, count_parameters
+from twelve.train.loop import Interrupted, Trainer
+from twelve.train.plan import Plan
+
+CALIBRATION_SECONDS = 4.0
+SAVE_BYTES_PER_SECOND = 100e6  # cautious, for what the end of a run writes
+
+
+@dataclass
+class Prepared:
+    """What a stage brings: its plan (without its length), and how to make its model and its rows."""
+
+    plan: Plan
+    make_model: Callable[[], Transformer]
+    batches: Callable[[int], Any]
+    tokenizer: Any
+    card: Callable[[dict[str, Any]], str]  # model card from the run's figures
+    epoch_steps: int  # steps that see every token once
+
+
+def run(
+    stage: str, out: str | Path, options: dict[str, Any], prepare: Callable[[Path, Plan | None], Prepared],
+    minutes: float | None, steps: int | None, started: float | None, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Run or resume the stage in folder `out`. `prepare(folder, earlier plan)` reads what the stage needs.
+
+    Returns the figures of the run. Raises InputError when another process works on the folder or the options differ from
+    those that the folder's run was started with, and Interrupted after Ctrl-C.
+    """
+    started = time.monotonic() if started is None else started
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder with --out")
+    with FolderLock(folder):
+        plan = Plan.load(folder)
+        resumed = plan is not None
+        if plan is None and (folder / "config.json").exists():
+            raise InputError(f"{folder} holds a model already: name another folder with --out")
+        if plan is not None:
+            plan.check_options(stage, options, folder)
+            if plan.complete:
+                raise InputError(f"{folder} is complete: name another folder with --out, or `twelve chat {folder}`")
+        prepared = prepare(folder, plan)
+        plan = prepared.plan
+        torch.set_num_threads(plan.threads)
+        (folder / "training").mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            _fix_length(prepared, folder, minutes, steps, started)
+        trainer = Trainer(prepared.make_model(), prepared.batches, plan, folder)
+        _print_plan(plan, prepared, minutes, resumed)
+        timed = minutes is not None and not resumed
+        reserve = _reserve(trainer.model)
+        seconds_left = (lambda: 60 * minutes - (time.monotonic() - started) - reserve) if timed else None
+        try:
+            trainer.run(seconds_left, quiet)
+        except Interrupted as stop:
+            raise Interrupted(f"{folder}: {stop}") from None
+        return _finish(trainer, prepared, folder, started)
+
+
+def _fix_length(prepared: Prepared, folder: Path, minutes: float | None, steps: int | None, started: float) -> None:
+    """Fill in the plan's number of steps, from the speed of a few trial steps when a time is asked for."""
+    plan = prepared.plan
+    if steps is None:
+        plan.revisions = [(0, 10**9)]  # far from the decay
+        trial = Trainer(prepared.make_model(), prepared.batches, plan, folder)
+        trial.train_step()  # the first one allocates and compiles
+        began, done = time.monotonic(), 0
+        while done < 2 or (time.monotonic() - began < min(CALIBRATION_SECONDS, 1.2 * minutes) and done < 50):
+            trial.train_step()
+            done += 1
+        seconds_per_step = (time.monotonic() - began) / done
+        left = 60 * minutes - (time.monotonic() - started) - _reserve(trial.model)
+        steps = max(1, round(left / seconds_per_step))
+        if left < 10 * seconds_per_step:
+            raise InputError(
+                f"{minutes:g} minutes leave {max(0, left):.0f} s for training, at {seconds_per_step:.1f} s a step: "
+                "ask for more minutes or a smaller model"
+            )
+    plan.revisions = [(0, steps)]
+    plan.warmup = min(plan.warmup, max(1, steps // 10))
+    plan.save(folder)
+
+
+def _reserve(model: Transformer) -> float:
+    """Seconds to keep for the last checkpoint, the model folder and the report."""
+    return 2.0 + 16 * sum(p.numel() for p in model.parameters()) / SAVE_BYTES_PER_SECOND
+
+
+def _print_plan(plan: Plan, prepared: Prepared, minutes: float | None, resumed: bool) -> None:
+    sizes = _sizes(plan)
+    steps = plan.steps(0)
+    tokens = steps * plan.batch_size * plan.context
+    length = f"{steps:,} steps" + (f", what {minutes:g} minutes are thought to hold" if minutes and not resumed else "")
+    print(
+        f"model     {sizes['parameters'] / 1e6:.2f}M parameters, {sizes['active_parameters'] / 1e6:.2f}M of them active a token\n"
+        f"data      {plan.data.get('tokens', 0):,} tokens; the run reads {tokens:,} ({steps / prepared.epoch_steps:.2f} epochs)\n"
+        f"length    {length} of {plan.batch_size} x {plan.context} tokens\n"
+        f"machine   {plan.threads} threads, {plan.precision}{', compiled' if plan.compile else ''}",
+        flush=True,
+    )
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    from twelve.config import ModelConfig
+
+    counts = count_parameters(ModelConfig(**plan.config), mtp=True)
+    return {"parameters": counts["total"], "active_parameters": counts["active"]}
+
+
+def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) -> dict[str, Any]:
+    plan = trainer.plan
+    rows = report.read_metrics(trainer.metrics)
+    last = rows[-max(1, len(rows) // 50) :]  # the mean of the last 2%: one step's loss is noise
+    figures = {
+        "model": str(folder), **_sizes(plan), "steps": trainer.step, "tokens": trainer.tokens,
+        "loss": round(sum(row["loss"] for row in last) / len(last), 4),
+        "training_seconds": round(trainer.seconds, 1),
+        "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+    }  # fmt: skip
+    save(trainer.model.eval(), prepared.tokenizer, folder, prepared.card(figures))
+    path = folder / "training" / "report.html"
+    asked = {key: value for key, value in plan.options.items() if value is not None}
+    machine = f"{platform.processor() or platform.machine()}, {plan.threads} threads, torch {torch.__version__}"
+    sections = [
+        ("Result", [report.tiles({k.replace("_", " "): v for k, v in figures.items() if k != "model"})]),
+        ("Training", report.training_curves(rows)),
+        ("Run", [report.facts({**asked, "machine": machine, "precision": plan.precision, "seed": plan.seed})]),
+    ]
+    report.write_report(path, f"{folder.name}: {plan.stage}", sections)
+    plan.complete = True
+    plan.save(folder)
+    trainer.checkpoint.unlink(missing_ok=True)  # several times the model's size, and nothing is left to resume
+    return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path)}
