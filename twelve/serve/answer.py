@@ -1,0 +1,164 @@
+"""From the engine's deltas to the bodies and events of a chat completion."""
+
+import asyncio
+import logging
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from twelve.engine import Delta, Engine, Request, sub_seed
+from twelve.errors import InputError
+from twelve.serve import protocol
+from twelve.serve.conversation import Prompt
+from twelve.serve.protocol import ApiError, ChatRequest
+
+KEEPALIVE_SECONDS = 10.0  # proxies and clients tend to give up after 30 to 60 silent seconds
+log = logging.getLogger("twelve.serve")  # never sees what was asked or answered
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one step of the engine gave."""
+
+    texts: list[tuple[str, str]]  # (kind, text), kind "reasoning" or "content"
+    logprobs: list[dict]
+
+
+class Answer:
+    """One choice of a chat completion while it is made."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, chat: ChatRequest, index: int):
+        request = Request(
+            prompt.ids, chat.max_tokens, chat.temperature, chat.top_p, sub_seed(chat.seed, index), chat.stop,
+            logprobs=chat.logprobs,
+        )  # fmt: skip
+        self.index = index
+        self.prompt_tokens, self.completion_tokens = len(prompt.ids), 0
+        self.finish_reason: str | None = None
+        self._tokenizer = engine.tokenizer
+        self._splitter = prompt.splitter()
+        self._deltas = engine.stream(request)
+
+    async def parts(self) -> AsyncIterator[Part | None]:
+        """What the steps give; None when there was none for a while."""
+        started = time.perf_counter()
+        try:
+            async with aclosing(in_thread(self._deltas, KEEPALIVE_SECONDS)) as deltas:
+                async for delta in deltas:
+                    yield None if delta is None else self._read(delta)
+        finally:
+            log.info(
+                "%d + %d tokens, %.1f s, %s", self.prompt_tokens, self.completion_tokens,
+                time.perf_counter() - started, self.finish_reason or "not finished",
+            )  # fmt: skip
+
+    def _read(self, delta: Delta) -> Part:
+        self.completion_tokens += len(delta.token_ids)
+        self.finish_reason = delta.finish_reason
+        texts = self._splitter.feed(delta.text) + (self._splitter.flush() if delta.finish_reason else [])
+        drawn = zip(delta.token_ids, delta.logprobs, strict=False)  # no logprobs unless asked for
+        return Part(texts, [self._logprob(token, logprob) for token, logprob in drawn])
+
+    def _logprob(self, token: int, logprob: float) -> dict:
+        data = self._tokenizer.decode_bytes([token])
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data), "top_logprobs": []}
+
+
+async def whole_answer(head: dict, answers: list[Answer]) -> dict:
+    """The answer in one piece."""
+    choices = []
+    for answer in answers:
+        said = {"content": [], "reasoning": []}
+        logprobs = []
+        async for part in answer.parts():
+            if part is not None:
+                logprobs += part.logprobs
+                for kind, text in part.texts:
+                    said[kind].append(text)
+        choices.append({
+            "index": answer.index,
+            "message": protocol.message("".join(said["content"]), "".join(said["reasoning"])),
+            "finish_reason": answer.finish_reason,
+            "logprobs": {"content": logprobs} if logprobs else None,
+        })  # fmt: skip
+    return {**head, "object": "chat.completion", "choices": choices, "usage": total_usage(answers)}
+
+
+async def stream_events(head: dict, chat: ChatRequest, answers: list[Answer]) -> AsyncIterator[str]:
+    """The answer as server-sent events, one choice after the other."""
+    head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if chat.include_usage else {})
+
+    def chunk(delta: dict, logprobs: list[dict], finish_reason: str | None = None) -> str:
+        choice = {"index": answer.index, "delta": delta, "finish_reason": finish_reason}
+        choice["logprobs"] = {"content": logprobs} if logprobs else None
+        return protocol.event({**head, "choices": [choice]})
+
+    try:
+        for answer in answers:
+            yield chunk({"role": "assistant", "content": ""}, [])
+            waiting = []  # logprobs of tokens whose text is held back
+            async with aclosing(answer.parts()) as parts:
+                async for part in parts:
+                    if part is None:
+                        yield ": still working\n\n"
+                        continue
+                    waiting += part.logprobs
+                    for kind, text in part.texts:
+                        yield chunk(protocol.delta(kind, text), waiting)
+                        waiting = []
+            yield chunk({}, waiting, answer.finish_reason)
+        if chat.include_usage:
+            yield protocol.event({**head, "choices": [], "usage": total_usage(answers)})
+    except Exception as error:  # the status line is gone: tell it in the stream
+        yield protocol.event(server_error(error).body)
+    yield protocol.event("[DONE]")
+
+
+def total_usage(answers: list[Answer]) -> dict:
+    return protocol.usage(answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers))
+
+
+async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterator[Delta | None]:
+    """Iterate in a thread; None whenever nothing came for a while. Leaving the loop closes `deltas` after this step."""
+    loop, queue, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
+    def work() -> None:
+        end: Exception | None = None
+        try:
+            for delta in deltas:
+                if left.is_set():
+                    return
+                loop.call_soon_threadsafe(queue.put_nowait, (delta, None))
+        except Exception as error:
+            end = error
+        finally:
+            deltas.close()  # passes the engine on to the next in line
+        if not left.is_set():
+            loop.call_soon_threadsafe(queue.put_nowait, (None, end))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            try:
+                delta, end = await asyncio.wait_for(queue.get(), idle_seconds)
+            except TimeoutError:
+                yield None
+                continue
+            if end is not None:
+                raise end
+            if delta is None:
+                return
+            yield delta
+    finally:
+        left.set()
+
+
+def server_error(error: Exception) -> ApiError:
+    """What the client may know of a failure. The log gets the place, not the message, which may quote the request."""
+    if isinstance(error, InputError):
+        return ApiError(500, str(error))
+    log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
+    return ApiError(500, "the server failed; its log says where")

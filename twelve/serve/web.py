@@ -1,0 +1,76 @@
+"""What concerns browsers: the page, and keeping foreign pages out."""
+
+import base64
+import hashlib
+import ipaddress
+import re
+from importlib import resources
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from twelve.serve.protocol import ApiError
+
+
+class OwnPagesOnly:
+    """Keeps foreign web pages from using a server on this machine through the browser of the person at it.
+
+    A page may not name another origin than ours, and a connection over loopback must name a loopback host (a foreign
+    name that resolves to 127.0.0.1 would pass as the same origin). Programs that are no browsers send no Origin.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            host, origin = headers.get(b"host", ""), headers.get(b"origin")
+            local = is_loopback((scope.get("server") or ("",))[0])
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            if foreign or (local and not is_loopback(hostname(host))):
+                error = ApiError(403, "requests from other web pages are refused", code="foreign_origin")
+                await JSONResponse(error.body, error.status)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def hostname(netloc: str) -> str:
+    """`[::1]:8000` -> `::1`, `localhost:8000` -> `localhost`"""
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def page():
+    """The endpoint of the page. It may run its own script and style, named by their hashes, and nothing else."""
+    html = resources.files("twelve.serve").joinpath("page/index.html").read_text(encoding="utf-8")
+
+    def allowed(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in texts)
+
+    policy = (
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def endpoint(http: Request) -> Response:
+        return HTMLResponse(html, headers=headers)
+
+    return endpoint
