@@ -210,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     made = verb(convert, "convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder of safetensors.")
     made.add_argument("model", metavar="MODEL")
-    made.add_argument("--out", required=True, metavar="FOLDER")
+    made.add_argument("--out", required=True, metavar="FOLDER", help="to write")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", metavar="NAME",
                       help="float32 (default), bfloat16 or float16")  # fmt: skip
     return parser
