@@ -46,8 +46,8 @@ def test_both_languages_have_the_same_parts():
     english, korean = READMES
 
     def shape(path):
-        text = path.read_text(encoding="utf-8")
-        return [len(re.findall(mark, text, flags=re.MULTILINE)) for mark in (r"^## ", r"^- ", r"^\| ", r"^```", r"\]\(")]
+        marks = (r"^## ", r"^- ", r"^\| ", r"^```", r"\]\(")
+        return [len(re.findall(mark, path.read_text(encoding="utf-8"), flags=re.MULTILINE)) for mark in marks]
 
     assert shape(english) == shape(korean)
     assert commands(english) == commands(korean)
