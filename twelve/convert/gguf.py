@@ -1,0 +1,194 @@
+"""GGUF files: the format read from a memory map with every bound checked, and blocks of weights turned into floats."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twelve.errors import InputError
+
+SCALARS = {  # value type: struct code; 8 is a string, 9 an array
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+STRING, ARRAY = 8, 9
+UNSUPPORTED = {
+    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
+    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
+CHUNK = 1 << 18  # blocks dequantised at a time, so that temporaries stay at tens of MB beside the result
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    """[n, 16] bytes to [n, 32] floats: the low halves are the first 16 weights, the high halves the last 16."""
+    return np.concatenate((packed & 15, packed >> 4), axis=1).astype(np.float32)
+
+
+def _scale(halves: np.ndarray) -> np.ndarray:
+    return halves.astype(np.float32)[:, None]
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """How a tensor type is stored: `size` weights in one `layout` record, and the records as floats [n, size]."""
+
+    name: str
+    size: int
+    layout: np.dtype
+    floats: Callable[[np.ndarray], np.ndarray]
+
+
+BLOCK_TYPES = {
+    0: BlockType("F32", 1, np.dtype("<f4"), lambda x: x[:, None]),
+    1: BlockType("F16", 1, np.dtype("<f2"), _scale),
+    2: BlockType(
+        "Q4_0",
+        32,
+        np.dtype([("scale", "<f2"), ("packed", "u1", 16)]),
+        lambda x: _scale(x["scale"]) * (_nibbles(x["packed"]) - 8),
+    ),
+    3: BlockType(
+        "Q4_1",
+        32,
+        np.dtype([("scale", "<f2"), ("low", "<f2"), ("packed", "u1", 16)]),
+        lambda x: _scale(x["scale"]) * _nibbles(x["packed"]) + _scale(x["low"]),
+    ),
+    8: BlockType(
+        "Q8_0",
+        32,
+        np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
+        lambda x: _scale(x["scale"]) * x["weights"].astype(np.float32),
+    ),
+    30: BlockType("BF16", 1, np.dtype("<u2"), lambda x: (x.astype(np.uint32) << 16).view(np.float32)[:, None]),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]  # outermost first, as torch has it
+    type: BlockType
+    start: int  # byte offset in the file
+
+
+class GGUFFile:
+    """An open GGUF file (versions 2 and 3, little-endian).
+
+    metadata: key -> int, float, bool, str or list of these. tensors: name -> TensorInfo.
+    `InputError` when the file is no GGUF, ends early, contradicts itself or holds a tensor type that is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file cannot be mapped
+            raise InputError(f"{path} is empty, not a GGUF file") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        cursor = _Cursor(self._data, self.path)
+        if bytes(self._data[:4]) != b"GGUF":
+            raise InputError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
+        cursor.position = 4
+        version = cursor.scalar("<I")
+        if version not in (2, 3):
+            raise InputError(f"{path}: GGUF version {version} is not supported, only 2 and 3, little-endian")
+        tensor_count, key_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+        self.metadata: dict[str, Any] = {}
+        for _ in cursor.turns(key_count, smallest=13):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.scalar("<I"))
+        entries = [self._read_entry(cursor) for _ in cursor.turns(tensor_count, smallest=24)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+            raise InputError(f"{path}: general.alignment {alignment!r} is not a power of two")
+        base = -(-cursor.position // alignment) * alignment
+        self.tensors = {name: self._locate(name, shape, kind, base + offset) for name, shape, kind, offset in entries}
+        if len(self.tensors) != len(entries):
+            raise InputError(f"{path}: two tensors have the same name")
+
+    @staticmethod
+    def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+        name = cursor.string()
+        dimensions = cursor.scalar("<I")
+        if dimensions > 4:
+            raise InputError(f"{cursor.path}: tensor {name!r} claims {dimensions} dimensions, at most 4 are allowed")
+        shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]  # stored innermost first
+        return name, shape, cursor.scalar("<I"), cursor.scalar("<Q")
+
+    def _locate(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorInfo:
+        if kind not in BLOCK_TYPES:
+            supported = ", ".join(block.name for block in BLOCK_TYPES.values())
+            label = UNSUPPORTED.get(kind, f"number {kind}")
+            raise InputError(f"{self.path}: tensor {name!r} has type {label}; supported: {supported}")
+        block = BLOCK_TYPES[kind]
+        if shape and shape[-1] % block.size:
+            raise InputError(f"{self.path}: tensor {name!r} has rows of {shape[-1]}, not a multiple of {block.size}")
+        if start + prod(shape) // block.size * block.layout.itemsize > len(self._data):
+            raise InputError(f"{self.path} is cut short: tensor {name!r} reaches beyond its end; fetch the file again")
+        return TensorInfo(shape, block, start)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as float32 in memory of its own."""
+        info = self.tensors[name]
+        count = prod(info.shape) // info.type.size
+        blocks = np.frombuffer(self._data, info.type.layout, count, info.start)
+        floats = np.empty((count, info.type.size), np.float32)
+        for first in range(0, count, CHUNK):
+            floats[first : first + CHUNK] = info.type.floats(blocks[first : first + CHUNK])
+        return torch.from_numpy(floats).view(info.shape)
+
+
+class _Cursor:
+    """Reads one value after another; a read beyond the end of the file is an `InputError`."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.position = data, path, 0
+
+    def _advance(self, size: int) -> int:
+        """Step over `size` bytes and return where they begin."""
+        start = self.position
+        if size > len(self.data) - start:
+            raise InputError(f"{self.path} is cut short or damaged at byte {start}: fetch the file again")
+        self.position = start + size
+        return start
+
+    def turns(self, count: int, smallest: int) -> range:
+        """`range(count)`, when so many items of at least `smallest` bytes can still follow."""
+        if count * smallest > len(self.data) - self.position:
+            raise InputError(f"{self.path} is cut short or damaged: {count:,} items announced at byte {self.position}")
+        return range(count)
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack_from(code, self.data, self._advance(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        length = self.scalar("<Q")
+        start = self._advance(length)
+        try:
+            return self.data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path} is damaged: the text at byte {start} is not UTF-8") from None
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY or depth > 3:
+            raise InputError(f"{self.path} is damaged: value type {kind} at byte {self.position}, {depth} arrays deep")
+        item, count = self.scalar("<I"), self.scalar("<Q")
+        if item in SCALARS:
+            layout = np.dtype(SCALARS[item])
+            self.turns(count, layout.itemsize)
+            return np.frombuffer(self.data, layout, count, self._advance(count * layout.itemsize)).tolist()
+        return [self.value(item, depth + 1) for _ in self.turns(count, smallest=8)]
