@@ -16,13 +16,11 @@ from twelve.model import Transformer
 class Bytes:
     """A tokenizer of one token a byte, and a separator."""
 
-    vocab_size, bos_id, eos_id = 257, None, 256
+    start_ids = (256,)
 
-    def encode(self, text):
+    def encode(self, text, control=True):
+        assert not control, "text that others wrote must not be read as control tokens"
         return list(text.encode())
-
-    def id_of(self, token):
-        return 256 if token == "<|endoftext|>" else None
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def slow_bits(model, ids, context):
     return total
 
 
-TEXTS = ["a", "열두 척의 배", "The quick brown fox. " * 9, "x" * 64, "y" * 65, "마지막 글입니다. " * 3]
+TEXTS = ["a", "열두 척", "The quick brown fox. " * 4, "x" * 64, "y" * 65]
 
 
 def write(path, rows):
@@ -89,6 +87,15 @@ def test_reads_text_and_compressed_files_and_keeps_to_the_limit(model, tmp_path)
     assert bits_per_byte(model, Bytes(), tmp_path / "b.jsonl.gz", limit=2).documents == 2
 
 
+def test_a_long_document_is_one_document(model, tmp_path, monkeypatch):
+    path = tmp_path / "long.txt"
+    path.write_text("word " * 100)
+    whole = bits_per_byte(model, Bytes(), path)
+    monkeypatch.setattr("twelve.data.reader.PIECE", 70)  # from here on the reader hands it out in pieces
+    pieces = bits_per_byte(model, Bytes(), path, limit=1)
+    assert (pieces.documents, pieces.bytes, pieces.bits) == (1, 500, whole.bits)
+
+
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 9, 16, 17, 100])
 @pytest.mark.parametrize("context", [2, 3, 8])
 def test_windows_score_every_token_once_with_half_a_context_before_it(length, context):
@@ -112,7 +119,7 @@ def test_uniform_model_costs_log2_of_the_vocabulary(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello")
     tokenizer = Bytes()
-    tokenizer.id_of = lambda token: 0
+    tokenizer.start_ids = [0]
     assert bits_per_byte(model, tokenizer, path).bits_per_byte == pytest.approx(8.0)
 
 

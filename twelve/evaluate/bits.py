@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,8 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Total negative log2 likelihood of the documents of `path` over their UTF-8 bytes.
 
-    Every token of every document is scored once. A document begins after the tokenizer's document separator and sees
-    nothing of other documents; one longer than `context` tokens (default: the model's, at most 2,048) goes through
+    Every token of every document is scored once. A document begins after the tokenizer's `start_ids` and sees nothing
+    of other documents; one longer than `context` tokens (default: the model's, at most 2,048) goes through
     windows that overlap by half, so that a token has at least half a context before it. `limit` takes the first
     documents only. InputError for files that hold no text, or a context that the model does not have.
     """
@@ -65,11 +64,12 @@ def bits_per_byte(
         raise InputError(f"--context {context} must lie between 2 and the model's {known} tokens")
     texts = _texts([path] if isinstance(path, str | Path) else path, limit)
     sizes = [len(text.encode()) for text in texts]
-    first = _separator(tokenizer)
+    if not tokenizer.start_ids:
+        raise InputError("the tokenizer has no token that begins a document: its first token cannot be scored")
     windows = [
         window
         for document, text in enumerate(texts)
-        for window in split([first, *tokenizer.encode(text)], context, document)
+        for window in split([*tokenizer.start_ids, *tokenizer.encode(text, control=False)], context, document)
     ]
     bits = torch.zeros(len(texts), dtype=torch.float64)
     with tqdm(total=sum(window.scored for window in windows), unit="tok", unit_scale=True, desc="bits/byte") as bar:
@@ -132,19 +132,21 @@ def _losses(model, batch: list[Window]) -> list[float]:
 
 
 def _texts(paths: Sequence[str | Path], limit: int | None) -> list[str]:
-    documents = list(islice(read_documents(paths), limit))
-    texts = [document.text for document in documents if document.text]
+    """The first `limit` documents, whole: a long one comes in pieces."""
+    texts: list[str] = []
+    unfinished = False
+    for document in read_documents(paths):
+        if unfinished:
+            texts[-1] += document.text
+        elif len(texts) == limit:
+            break
+        elif document.text:
+            texts.append(document.text)
+        unfinished = document.more
     if not texts:
         named = ", ".join(map(str, paths))
         raise InputError(f"no text in {named}: bits per byte wants .txt, .md or .jsonl with 'text'")
     return texts
-
-
-def _separator(tokenizer) -> int:
-    for token in (tokenizer.id_of("<|endoftext|>"), tokenizer.bos_id, tokenizer.eos_id):
-        if token is not None:
-            return token
-    raise InputError("the tokenizer has no token that begins or separates documents")
 
 
 def _ratio_error(bits: Tensor, sizes: Tensor, ratio: float) -> float:
