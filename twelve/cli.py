@@ -13,12 +13,14 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import twelve
 from twelve.errors import InputError
 
+STARTED = time.monotonic()  # --minutes counts the seconds that torch takes to import, too
 Result = dict[str, Any]
 Options = argparse.Namespace
 
@@ -49,21 +51,21 @@ def demo(options: Options) -> Result:
 
 
 def tokenize(options: Options) -> Result:
-    from twelve.data.corpus import tokenize
+    from twelve.data.corpus import prepare
 
-    return tokenize(options.paths, options.out, options.tokenizer, options.vocab_size)
+    return prepare(options.paths, options.out, **_given(options, {"tokenizer", "vocab_size"}))
 
 
 def pretrain(options: Options) -> Result:
     from twelve.train.pretrain import pretrain
 
-    return pretrain(options.paths, options.out, **_given(options, TRAINING | SHAPE))
+    return pretrain(options.paths, options.out, **_given(options, TRAINING | SHAPE), started=STARTED)
 
 
 def sft(options: Options) -> Result:
     from twelve.train.sft import sft
 
-    return sft(options.model, options.paths, options.out, **_given(options, TRAINING))
+    return sft(options.model, options.paths, options.out, **_given(options, TRAINING), started=STARTED)
 
 
 def evaluate(options: Options) -> Result:
@@ -228,7 +230,7 @@ def _training(made: argparse.ArgumentParser) -> None:
 def _tokenizer(made: argparse.ArgumentParser) -> None:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="FOLDER", help="one that exists")
-    which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: chosen by its size)")
+    which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: 8192)")
 
 
 def _sampling(made: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from twelve import tasks
-from twelve.data.chat import render, split_reasoning
-from twelve.engine import Engine, Request
+from twelve.data.chat import encode_prompt, split_reasoning
+from twelve.engine import Engine, Request, sub_seed
 
 KEPT_SAMPLES = 8
 
@@ -71,8 +71,8 @@ def task_accuracy(
     asked = problems(task, language, level, n, seed)
     result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0)
     for index, problem in enumerate(tqdm(asked, desc=f"{task} {language} {level}", unit="problem", leave=False)):
-        prompt = render(tokenizer, [{"role": "user", "content": problem.question}])
-        request = Request(tokenizer.encode(prompt), max_tokens, temperature, seed=seed * 1_000_003 + index)
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem.question}])
+        request = Request(prompt, max_tokens, temperature, seed=sub_seed(seed, index))
         [answer] = engine.generate([request])
         score = scorer.score(problem, answer.text)
         result.score += score
