@@ -72,10 +72,14 @@ def test_without_a_seed_every_sampler_differs():
 
 def test_coins_are_uniform_and_stay_what_they_are():
     coins = np.array([coin(11, position) for position in range(4000)])
-    assert 0 <= coins.min() and coins.max() < 1
+    assert coins.min() >= 0 and coins.max() < 1
     assert np.histogram(coins, bins=10, range=(0, 1))[0] == pytest.approx(np.full(10, 400), abs=80)
     # a seed written down today must give the same text with another version of numpy
-    assert [coin(0, 0), coin(5, 1), coin(5 + (3 << 64), 1)] == [0.011546754286331562, 0.24899883245565346, 0.6911014388421649]
+    assert [coin(0, 0), coin(5, 1), coin(5 + (3 << 64), 1)] == [
+        0.011546754286331562,
+        0.24899883245565346,
+        0.6911014388421649,
+    ]
 
 
 def test_negative_and_large_seeds_count():

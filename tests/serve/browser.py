@@ -33,7 +33,7 @@ class Browser:
         self.into, theirs_out = map(_away, os.pipe())
         null = os.open(os.devnull, os.O_RDWR)
         self.pid = os.posix_spawn(
-            program, [program, *FLAGS, f"--user-data-dir={self.folder.name}", f"--accept-lang={language}", "about:blank"],
+            program, [program, *FLAGS, f"--user-data-dir={self.folder.name}", f"--accept-lang={language}"],
             os.environ | {"LANGUAGE": language.replace("-", "_")},
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, null, 2),

@@ -139,7 +139,7 @@ async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterat
         if not left.is_set():
             loop.call_soon_threadsafe(queue.put_nowait, (None, end))
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work).start()  # no daemon: the process may not end in the middle of a step
     try:
         while True:
             try:

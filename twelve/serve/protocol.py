@@ -8,9 +8,11 @@ import json
 import math
 from dataclasses import dataclass
 
+from twelve.data.chat import check_messages
+from twelve.errors import InputError
+
 MAX_STOPS = 16
 MAX_SAMPLES = 128
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # Nothing in the answer depends on these, so that ignoring them is what the caller wants.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -32,7 +34,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    messages: list[dict[str, str]]
+    messages: list[dict]
     model: str | None = None
     stream: bool = False
     include_usage: bool = False
@@ -75,7 +77,8 @@ def parse(body: bytes) -> ChatRequest:
     )
     for name, value in data.items():
         if name not in IGNORED and value and value != NEUTRAL.get(name):
-            raise ApiError(400, f"parameter {name[:64]!r} is not supported here", name[:64], "unsupported_parameter")
+            name = name[:64].encode(errors="replace").decode()  # JSON can spell half a character
+            raise ApiError(400, f"parameter {name!r} is not supported here", name, "unsupported_parameter")
     return chat
 
 
@@ -130,36 +133,11 @@ class _Fields:
         return value
 
 
-def _messages(value) -> list[dict[str, str]]:
-    """Messages with plain string contents; reasoning in the history keeps its name `reasoning_content`."""
-    if not isinstance(value, list) or not value:
-        raise _wrong("messages", "must be a list of at least one message")
-    messages = []
-    for index, message in enumerate(value):
-        at = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise _wrong(at, f"must be an object, not {_type(message)}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise _wrong(f"{at}.role", f"must be one of {', '.join(ROLES)}")
-        read = {"role": ROLES[role], "content": _content(message.get("content"), f"{at}.content")}
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning and role == "assistant":
-            read["reasoning_content"] = _content(reasoning, f"{at}.reasoning_content")
-        messages.append(read)
-    return messages
-
-
-def _content(value, at: str) -> str:
-    """A string, or a list of text parts joined."""
-    if isinstance(value, list):
-        for index, part in enumerate(value):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise _wrong(f"{at}[{index}]", 'must be {"type": "text", "text": ...}: only text can be read here')
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise _wrong(at, f"must be a string or a list of text parts, not {_type(value)}")
-    return _unicode(value, at)
+def _messages(value) -> list[dict]:
+    try:
+        return check_messages(value)
+    except InputError as error:  # its first word is the field
+        raise ApiError(400, str(error), str(error).split()[0], "invalid_value") from None
 
 
 def _stop(value) -> tuple[str, ...]:
@@ -168,16 +146,7 @@ def _stop(value) -> tuple[str, ...]:
         raise _wrong("stop", "must be a string or a list of strings, none of them empty")
     if len(stops) > MAX_STOPS:
         raise _wrong("stop", f"must have at most {MAX_STOPS} strings")
-    return tuple(_unicode(stop, "stop") for stop in stops)
-
-
-def _unicode(text: str, at: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character and has no tokens."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _wrong(at, "holds half a surrogate pair, which is not a character") from None
-    return text
+    return tuple(stops)
 
 
 def _wrong(name: str, message: str) -> ApiError:

@@ -71,9 +71,16 @@ def run(engine: Engine, model_name: str, host: str = "127.0.0.1", port: int = 80
         app(engine, model_name), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
     )
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        Server(config).run(sockets=[sock])
     except KeyboardInterrupt:
         pass
+
+
+class Server(uvicorn.Server):
+    def handle_exit(self, sig, frame) -> None:
+        """An answer that is cut off because a person ends the server is no error worth a traceback."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
 
 class Api:

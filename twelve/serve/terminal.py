@@ -42,7 +42,8 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     if not sys.stdin.isatty():
         question = read_stdin()
-        answer(engine, [*start, {"role": "user", "content": question}], options, as_json)
+        if answer(engine, [*start, {"role": "user", "content": question}], options, as_json).finish_reason == "stopped":
+            raise KeyboardInterrupt
         return
     try:
         import readline  # noqa: F401  line editing and history for input(); absent on Windows
@@ -54,7 +55,7 @@ def chat(
     messages = list(start)
     while True:
         try:
-            line = input("> ")
+            line = input("" if as_json else "> ")
         except EOFError:
             print()
             return
@@ -112,6 +113,8 @@ def generate(
 
 def answer(engine: Engine, messages: list[dict], options: dict, as_json: bool) -> Reply:
     """Answer a conversation on standard output as it comes; Ctrl-C ends the answer, and what was said stays."""
+    if options["seed"] is None:
+        options = options | {"seed": secrets.randbits(32)}
     if as_json:
         reply = reply_to(engine, messages, options, lambda kind, text: None)
         print_json(
