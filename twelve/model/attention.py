@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twelve.config import ModelConfig
+from twelve.model.fast import blocked_attention
 from twelve.model.layers import RMSNorm
 from twelve.model.rope import rotate_halves, rotate_pairs, softmax_scale
 
@@ -46,12 +47,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
 
     Without a mask T == S is causal and T == 1 sees everything.
     """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if query.requires_grad and query.device.type == "cpu" and query.shape[2] == key.shape[2]:
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        return blocked_attention(query, key, value, mask, scale).transpose(1, 2)
     width = value.shape[-1]
-    if width < query.shape[-1]:  # the fused CPU and CUDA kernels want keys and values of one width
+    if width < query.shape[-1]:  # the fused kernels want keys and values of one width
         value = F.pad(value, (0, query.shape[-1] - width))
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
-        is_causal=mask is None and query.shape[1] > 1, scale=scale, enable_gqa=key.shape[2] != query.shape[2],
+        query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2)[..., :width]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twelve.config import ModelConfig
+from twelve.model.fast import grouped_experts, sorted_experts
 from twelve.model.layers import MLP
 
 
@@ -106,91 +107,8 @@ class MoE(nn.Module):
 def balance(chosen: Tensor, scores: Tensor, batch_size: int) -> Routing:
     """Loads and V3's sequence-wise balance loss (equations 17-20) without its factor alpha; rows count as sequences."""
     experts, k = scores.shape[-1], chosen.shape[-1]
-    per_sequence = F.one_hot(chosen.view(batch_size, -1), experts).sum(1)  # [B, E]
+    per_sequence = F.one_hot(chosen.reshape(batch_size, -1), experts).sum(1)  # [B, E]
     tokens = chosen.shape[0] // batch_size
     fraction = per_sequence * (experts / (k * tokens))
     share = (scores / scores.sum(-1, keepdim=True)).view(batch_size, tokens, experts).mean(1)
     return Routing(chosen, per_sequence.sum(0), (fraction * share).sum(-1).mean())
-
-
-def plain_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """The definition: every expert on every token, then the chosen ones weighted. The twin of the two fast paths."""
-    gate, up = torch.einsum("nd,ewd->new", x, gate_up).chunk(2, dim=-1)
-    every = torch.einsum("new,edw->ned", F.silu(gate) * up, down)
-    picked = every.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
-    return (picked * gates[..., None]).sum(1)
-
-
-def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """Tokens sorted by expert, then one grouped product a projection: no host synchronisation, for accelerators."""
-    k = chosen.shape[1]
-    order = chosen.flatten().argsort(stable=True)
-    ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-    rows = x[order // k]
-    gate, up = F.grouped_mm(rows, gate_up.to(rows.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    out = F.grouped_mm(F.silu(gate) * up, down.to(rows.dtype).transpose(1, 2), offs=ends)
-    out = out * gates.flatten()[order, None]
-    return torch.empty_like(out).index_copy(0, order, out).view(-1, k, x.shape[-1]).sum(1)
-
-
-class _GroupedExperts(torch.autograd.Function):
-    """One expert at a time on its own tokens, so that its rows stay in the cache from the first product to the last."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        k = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).tolist()
-        tokens, weights = order // k, gates.flatten()[order]
-        out = torch.zeros_like(x)
-        hidden = x.new_empty(order.shape[0], gate_up.shape[1])  # gate and up before the activation
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                part = slice(start, start + count)
-                rows = tokens[part]
-                both = torch.mm(x[rows], gate_up[expert].T, out=hidden[part])
-                gate, up = both.chunk(2, dim=-1)
-                product = F.silu(gate).mul_(up) @ down[expert].T
-                out.index_add_(0, rows, product.mul_(weights[part, None]))
-                start += count
-        ctx.save_for_backward(x, gate_up, down, gates, order, hidden)
-        ctx.counts = counts
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):
-        x, gate_up, down, gates, order, hidden = ctx.saved_tensors
-        k = gates.shape[1]
-        tokens, weights = order // k, gates.flatten()[order]
-        grad_x, grad_weights = torch.zeros_like(x), torch.empty_like(weights)
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        start = 0
-        for expert, count in enumerate(ctx.counts):
-            if count:
-                part = slice(start, start + count)
-                rows, weight = tokens[part], weights[part, None]
-                gate, up = hidden[part].chunk(2, dim=-1)
-                sigmoid = gate.sigmoid()
-                silu = gate * sigmoid
-                inner = silu * up
-                grad = grad_out[rows]
-                grad_inner = grad @ down[expert]  # before the gate's weight, which gives the weight's own gradient
-                grad_weights[part] = (grad_inner * inner).sum(-1)
-                torch.mm(grad.T, inner.mul_(weight), out=grad_down[expert])
-                grad_inner.mul_(weight)
-                both = torch.empty_like(hidden[part])
-                grad_gate, grad_up = both.chunk(2, dim=-1)
-                torch.mul(grad_inner, silu, out=grad_up)
-                # d silu = sigmoid * (1 + gate * (1 - sigmoid)) = sigmoid + silu - silu * sigmoid
-                torch.mul(grad_inner.mul_(up), sigmoid.add_(silu).addcmul_(silu, gate.sigmoid(), value=-1), out=grad_gate)
-                torch.mm(both.T, x[rows], out=grad_gate_up[expert])
-                grad_x.index_add_(0, rows, both @ gate_up[expert])
-                start += count
-        grad_gates = torch.empty_like(weights).index_copy_(0, order, grad_weights).view_as(gates)
-        return grad_x, grad_gate_up, grad_down, None, grad_gates
-
-
-def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """As `plain_experts`, in time proportional to the chosen experts; made for a CPU's caches."""
-    return _GroupedExperts.apply(x, gate_up, down, chosen, gates)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twelve.data.shards import PackedData
 from twelve.errors import InputError
 from twelve.files import read_json, write_json
 
@@ -71,3 +72,13 @@ class Plan:
                     f"{folder} holds a run with {key}={before!r}, not {value!r}: ask for the same to resume it, "
                     "or use another folder"
                 )
+
+    def check_data(self, data: PackedData, folder: Path) -> None:
+        """InputError if `data` is not what the run in `folder` was planned for."""
+        if self.data != describe(data):
+            raise InputError(f"the data of the run in {folder} changed since it began: put it back, or use another folder")
+
+
+def describe(data: PackedData) -> dict[str, Any]:
+    """What tells one tokenised corpus from another."""
+    return {"tokens": data.tokens, "bytes": data.bytes, "documents": data.documents, "sha256": data.sha256}

@@ -10,10 +10,10 @@ import torch
 from twelve import __version__
 from twelve.config import ModelConfig, small_v3
 from twelve.data.corpus import tokenize
-from twelve.data.shards import PackedData
+from twelve.data.shards import META, PackedData
 from twelve.data.tokenizer import Tokenizer
 from twelve.model import Transformer
-from twelve.train.plan import Plan
+from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run
 
@@ -42,21 +42,20 @@ def pretrain(
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
-        shards, words = _shards(paths, folder, tokenizer, vocab_size)
-        data = PackedData(shards)
+        shards = _shards(paths, folder, tokenizer, vocab_size, quiet)
+        data, words = PackedData(shards), Tokenizer.load(shards)
         if plan is None:
             config = small_v3(words.vocab_size, width, layers, experts, experts_per_token, context, mtp)
             config.bos_token_id = words.bos_id
             config.eos_token_id = words.eos_id
             config.pad_token_id = words.pad_id
             plan = Plan(
-                stage="pretrain", options=options, config=config.to_dict(), data=_describe(data), context=context,
+                stage="pretrain", options=options, config=config.to_dict(), data=describe(data), context=context,
                 batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
                 compile=target.type == "cuda" if compile is None else compile,
             )  # fmt: skip
-        elif plan.data != _describe(data):
-            raise_changed(folder)
+        plan.check_data(data, folder)
         config = ModelConfig(**plan.config)
 
         def make_model() -> Transformer:
@@ -72,24 +71,13 @@ def pretrain(
     return {**result, "next": f"twelve generate {out} \"...\""}
 
 
-def raise_changed(folder: Path) -> None:
-    from twelve.errors import InputError
-
-    raise InputError(f"the data of the run in {folder} has changed since it started: put it back, or use another folder")
-
-
-def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None) -> tuple[Path, Tokenizer]:
-    """The folder of token shards for `paths`, made if need be, and their tokenizer."""
-    first = Path(paths[0])
-    if len(paths) == 1 and (first / "meta.json").exists():
-        return first, Tokenizer.load(first)
+def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None, quiet: bool) -> Path:
+    """The folder with the token shards of `paths` and their tokenizer, made if need be."""
+    if len(paths) == 1 and (Path(paths[0]) / META).exists():
+        return Path(paths[0])
     shards = folder / "training" / "data"
-    tokenize(paths, shards, tokenizer, vocab_size)
-    return shards, Tokenizer.load(shards)
-
-
-def _describe(data: PackedData) -> dict[str, Any]:
-    return {"tokens": data.tokens, "bytes": data.bytes, "documents": data.documents, "sha256": data.sha256}
+    tokenize(paths, shards, tokenizer, vocab_size, progress=not quiet)
+    return shards
 
 
 def _card(plan: Plan, figures: dict[str, Any]) -> str:

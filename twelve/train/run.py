@@ -19,6 +19,7 @@ from twelve.model import Transformer, count_parameters
 from twelve.train.loop import Interrupted, Trainer
 from twelve.train.plan import Plan
 
+EPOCHS = 3  # where neither minutes nor steps are given
 CALIBRATION_SECONDS = 4.0
 SAVE_BYTES_PER_SECOND = 100e6  # cautious, for what the end of a run writes
 
@@ -78,6 +79,8 @@ def run(
 def _fix_length(prepared: Prepared, folder: Path, minutes: float | None, steps: int | None, started: float) -> None:
     """Fill in the plan's number of steps, from the speed of a few trial steps when a time is asked for."""
     plan = prepared.plan
+    if steps is None and minutes is None:
+        steps = EPOCHS * prepared.epoch_steps
     if steps is None:
         plan.revisions = [(0, 10**9)]  # far from the decay
         trial = Trainer(prepared.make_model(), prepared.batches, plan, folder)

@@ -1,0 +1,78 @@
+"""The fast paths against their plain twins in float64, values and gradients."""
+
+import pytest
+import torch
+
+from twelve.model.fast import blocked_attention, grouped_experts, plain_attention, plain_experts, sorted_experts
+from twelve.model.layers import linear_cross_entropy, plain_cross_entropy
+
+
+def tensor(*shape, seed=0, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
+
+
+def same_with_gradients(fast, plain, inputs, atol=1e-9):
+    results = []
+    for function in (fast, plain):
+        out = function(*inputs)
+        weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), [x for x in inputs if getattr(x, "requires_grad", 0)])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), atol=atol, rtol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocked_attention(length, packed):
+    query, key, value = tensor(2, 3, length, 16), tensor(2, 3, length, 16, seed=1), tensor(2, 3, length, 24, seed=2)
+    documents = torch.randint(0, 4, (2, length), generator=torch.Generator().manual_seed(3)).sort(-1).values
+    mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None] if packed else None
+    same_with_gradients(
+        lambda q, k, v: blocked_attention(q, k, v, mask, 0.4), lambda q, k, v: plain_attention(q, k, v, mask, 0.4),
+        (query, key, value),
+    )  # fmt: skip
+
+
+def test_blocked_attention_does_not_overflow():
+    query = torch.full((1, 1, 4, 8), 300.0)
+    assert blocked_attention(query, query, query, None, 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(1, 4, 2), (50, 8, 3), (40, 6, 6), (7, 16, 1)])
+def test_grouped_experts(tokens, experts, k):
+    x, gate_up, down = tensor(tokens, 16), tensor(experts, 24, 16, seed=1), tensor(experts, 16, 12, seed=2)
+    chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(3)).topk(k).indices
+    gates = torch.rand(tokens, k, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+
+    def run(function):
+        return lambda x, gate_up, down, gates: function(x, gate_up, down, chosen, gates)
+
+    same_with_gradients(run(grouped_experts), run(plain_experts), (x, gate_up, down, gates))
+
+
+def test_sorted_experts():
+    x, gate_up, down = (t.detach().float() for t in (tensor(50, 16), tensor(8, 32, 16, seed=1), tensor(8, 16, 16, seed=2)))
+    chosen = torch.rand(50, 8, generator=torch.Generator().manual_seed(3)).topk(3).indices
+    gates = torch.rand(50, 3, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(
+        sorted_experts(x, gate_up, down, chosen, gates), plain_experts(x, gate_up, down, chosen, gates), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 30, 1000])
+def test_linear_cross_entropy(rows):
+    hidden, weight = tensor(rows, 16), tensor(97, 16, seed=1)
+    targets = torch.randint(0, 97, (rows,), generator=torch.Generator().manual_seed(2))
+    targets[::7] = -100
+    same_with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, targets, chunk=64), lambda h, w: plain_cross_entropy(h, w, targets),
+        (hidden, weight), atol=1e-6,
+    )  # fmt: skip
+
+
+def test_cross_entropy_without_targets_is_zero():
+    hidden = tensor(5, 4)
+    loss = linear_cross_entropy(hidden, tensor(7, 4), torch.full((5,), -100))
+    loss.backward()
+    assert loss == 0 and (hidden.grad == 0).all()

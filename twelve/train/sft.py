@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: a model folder and conversations in, a model folder out; loss on the assistant's words only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twelve import __version__, convert
+from twelve.data.corpus import tokenize
+from twelve.data.shards import PackedData
+from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
+from twelve.model import Transformer
+from twelve.train.plan import Plan, describe
+from twelve.train.precision import pick_device, pick_precision
+from twelve.train.run import Prepared, run
+
+
+def sft(
+    model: str | Path, paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None,
+    seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 5e-4, muon: bool = True,
+    compile: bool = False, device: str | None = None, started: float | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune the model (a folder, a .gguf file, a package's name) on `messages`; the same call again resumes.
+
+    Length, errors and result are as for `pretrain`; of neither `minutes` nor `steps`, three passes over the conversations.
+    """
+    options = {
+        "model": str(model), "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
+        "context": context, "batch": batch, "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device,
+    }  # fmt: skip
+    source = convert.resolve(model)
+    if source.resolve() == Path(out).resolve():
+        raise InputError(f"{out} is the model to start from: name another folder with --out")
+
+    def prepare(folder: Path, plan: Plan | None) -> Prepared:
+        target = pick_device(device)
+        config = convert.load_config(source)
+        words = convert.load_tokenizer(source)
+        shards = folder / "training" / "data"
+        tokenize(paths, shards, words, progress=not quiet)
+        data = PackedData(shards)
+        row = min(context, config.max_position_embeddings)
+        epoch_steps = -(-data.windows(row) // batch)
+        if plan is None:
+            plan = Plan(
+                stage="sft", options=options, config=config.to_dict(), data=describe(data), context=row,
+                batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
+                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon, compile=compile,
+            )  # fmt: skip
+        plan.check_data(data, folder)
+
+        def make_model() -> Transformer:
+            return convert.load(source, device=target, dtype=torch.float32)[0]
+
+        def batches(step: int):
+            return data.batch(step, plan.batch_size, plan.context, plan.seed)
+
+        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps)
+
+    result = run("sft", out, options, prepare, minutes, steps, started, quiet)
+    return {**result, "next": f"twelve chat {out}"}
+
+
+def _card(plan: Plan, figures: dict[str, Any]) -> str:
+    sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
+    return f"""# {Path(figures['model']).name}
+
+Fine-tuned from `{plan.options['model']}` on conversations with twelve {__version__}; loss on the assistant's words only.
+
+| | |
+|---|---|
+| parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
+| tokens seen | {figures['tokens']:,} of {plan.data['tokens']:,} in the data, with padding |
+| training loss | {figures['loss']} nats a token of the assistant |
+| time | {figures['training_seconds']} s |
+| seed | {plan.seed} |
+
+Data (SHA-256 of the tokens {plan.data['sha256'][:16]}…; its licence is its owner's):
+
+{sources}
+"""
