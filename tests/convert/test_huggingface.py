@@ -191,7 +191,7 @@ def test_a_cut_safetensors_file_is_named(tmp_path):
 
 WRONG_CONFIGS = {
     "family": ({"model_type": "mamba"}, "unknown model_type 'mamba'.*deepseek_v2, deepseek_v3, llama, qwen2, qwen3"),
-    "no family": ({"model_type": None}, "unknown model_type None"),
+    "no family": ({"model_type": None}, "model_type must be str, not None"),
     "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "rope type": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
@@ -201,7 +201,12 @@ WRONG_CONFIGS = {
     "window": ({"use_sliding_window": True}, "sliding-window"),
     "layer types": ({"layer_types": ["sliding_attention"] * 3}, "sliding-window"),
     "alternate layers": ({"moe_layer_freq": 2}, "moe_layer_freq 2"),
-    "type of a number": ({"hidden_size": "48"}, "hidden_size"),
+    "type of a number": ({"hidden_size": "48"}, "hidden_size must be int, not '48'"),
+    "type of a norm": ({"rms_norm_eps": None}, "rms_norm_eps must be float, not None"),
+    "type of a switch": ({"attention_bias": "no"}, "attention_bias must be bool"),
+    "type of a rope number": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "wrong type"),
+    "a rope number is missing": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "missing"),
+    "a rope number is zero": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "no finite frequencies"),
     "type of the rope": ({"rope_parameters": [1, 2]}, "wrong type"),
     "sizes": ({"num_key_value_heads": 3}, "num_key_value_heads"),
 }

@@ -20,6 +20,7 @@ from twelve.convert.huggingface import (
     SINGLE,
     Folder,
     Source,
+    check,
     config_values,
     disk_tensors,
     fill,
@@ -89,12 +90,15 @@ def load(
     source = _open(resolve(path_or_name))
     device = torch.device(device) if device is not None else _default_device()
     config = source.config
+    if max(config.num_hidden_layers, config.n_routed_experts or 0) > len(source.shapes):
+        raise InputError(f"{source.path}: its {len(source.shapes)} tensors are too few for the layers of its config")
     if config.num_nextn_predict_layers and not has_mtp(source, config):
         config = replace(config, num_nextn_predict_layers=0)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else source.dtype
     with torch.device("meta"):
         model = Transformer(config)
+    check(model.state_dict(), source, config)
     tensors = {}
     for name, empty in model.state_dict().items():
         # the router's bias moves in steps that a shorter type would round away
@@ -115,9 +119,20 @@ def load_config(path_or_name: str | Path) -> ModelConfig:
     return read_config(path) if path.is_dir() else GGUFModel(path).config
 
 
+def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
+    """The tokenizer alone. `InputError` when the model has none."""
+    path = resolve(path_or_name)
+    tokenizer = _open(path).tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{path} has no tokenizer, so it cannot read or write text")
+    return tokenizer
+
+
 def load_weights(model: Transformer, path_or_name: str | Path) -> None:
     """Read weights into a model that exists, keeping its device and dtype. `InputError` when they do not fit it."""
-    fill(model.state_dict(), _open(resolve(path_or_name)), model.config)
+    source, tensors = _open(resolve(path_or_name)), model.state_dict()
+    check(tensors, source, model.config)
+    fill(tensors, source, model.config)
 
 
 def _open(path: Path) -> Source:

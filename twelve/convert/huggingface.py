@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from twelve.config import ModelConfig
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import read_json
+from twelve.model.rope import inverse_frequencies
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -71,9 +73,7 @@ def mtp_copies(config: ModelConfig) -> dict[str, str]:
 
 def disk_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model folder, by its name on disk, as views of the model's own memory."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensors.update(pieces(name, tensor, model.config))
+    tensors = _on_disk(model.state_dict(), model.config)
     yield from tensors.items()
     for copy, original in mtp_copies(model.config).items():
         yield copy, tensors[original]
@@ -175,13 +175,12 @@ def refuse_pickles(files: list[Path]) -> None:
         )
 
 
-@torch.no_grad()
-def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
-    """Read the model's `tensors` (its whole state_dict, by name) from `source`, one at a time, after checking them all.
+def check(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
+    """Compare the names and shapes of the model's `tensors` (its whole state_dict, by name) with those of `source`.
 
     `InputError` for a tensor that is missing, of the wrong shape, or of no use in this model.
     """
-    wanted = {disk: view for name, tensor in tensors.items() for disk, view in pieces(name, tensor, config)}
+    wanted = _on_disk(tensors, config)
     unused = {copy: wanted[original] for copy, original in mtp_copies(config).items()}
     if config.tie_word_embeddings:
         unused["lm_head.weight"] = wanted["model.embed_tokens.weight"]
@@ -195,12 +194,21 @@ def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> Non
         if name not in wanted and name not in unused and not name.endswith(".rotary_emb.inv_freq"):
             shape = list(source.shapes[name])
             raise InputError(f"{source.path}: unexpected tensor {name!r} {shape}{_hint(name, config)}")
-    for name, view in wanted.items():
-        view.copy_(source.read(name))
     if config.tie_word_embeddings and "lm_head.weight" in source.shapes:
         embedding = source.read("model.embed_tokens.weight")
         if not torch.equal(source.read("lm_head.weight"), embedding):
             raise InputError(f"{source.path}: lm_head.weight is not the embedding, but tie_word_embeddings is set")
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
+    """Read the model's `tensors`, which `check` has seen, from `source`, one at a time."""
+    for name, view in _on_disk(tensors, config).items():
+        view.copy_(source.read(name))
+
+
+def _on_disk(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    return {disk: view for name, tensor in tensors.items() for disk, view in pieces(name, tensor, config)}
 
 
 def _hint(name: str, config: ModelConfig) -> str:
@@ -238,11 +246,26 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
         for key, only in (("partial_rotary_factor", 1.0), ("moe_layer_freq", 1)):
             if values.get(key, rope.get(key)) not in (None, only):
                 raise InputError(f"config: {key} {values.get(key, rope.get(key))} is not supported, only {only}")
-        return ModelConfig.from_dict(values)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        for field in fields(ModelConfig):
+            if not _fits(values.get(field.name, field.default), field.type):
+                raise InputError(f"config: {field.name} must be {field.type}, not {values[field.name]!r}")
+        config = ModelConfig.from_dict(values)
+        if not inverse_frequencies(config)[0].isfinite().all():
+            raise InputError(f"config: the rope parameters {config.rope_parameters} give no finite frequencies")
+        return config
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"config: a value has the wrong type ({error})") from error
+        raise InputError(f"config: a value is missing or of the wrong type ({error!r})") from error
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value from JSON is of a field's type, written like "int | None"."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "list[int]": list, "None": type(None)}
+    for name in annotation.split(" | "):
+        if isinstance(value, kinds.get(name, object)) and (name == "bool" or not isinstance(value, bool)):
+            return True
+    return False
 
 
 def config_values(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
