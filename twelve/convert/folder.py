@@ -209,8 +209,8 @@ def _shards(model: Transformer, folder: Path, limit: int) -> tuple[dict[str, dic
     if len(groups) == 1:
         return {SINGLE: groups[0]}, None
     # the shards that the folder's present index names must stay whole until the new index replaces it
-    present = (folder / INDEX).read_text(encoding="utf-8") if (folder / INDEX).exists() else ""
-    stem = "model-b" if '"model-0' in present else "model"
+    present = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
+    stem = "model-b" if b'"model-0' in present else "model"
     names = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
     shards = dict(zip(names, groups, strict=True))
     where = {key: name for name, tensors in shards.items() for key in tensors}
