@@ -1,0 +1,1 @@
+"""Text and conversations: tokenizer, chat template, corpora and packed shards."""

@@ -1,0 +1,314 @@
+"""Conversations: the chat template, which tokens are the assistant's, and telling reasoning from answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from twelve.errors import InputError
+
+if TYPE_CHECKING:
+    from twelve.data.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+OPEN, CLOSE = "<think>", "</think>"
+
+# ChatML. Reasoning stands before the answer it led to, and only until the user speaks again.
+TEMPLATE = """\
+{%- set last = namespace(question=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content or '' %}
+    {%- set reasoning = message.reasoning_content or message.reasoning or '' %}
+    {%- if message.role == 'assistant' %}
+        {%- if content.startswith('<think>') and '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0][7:] %}
+            {%- set content = content[7 + reasoning|length + 8:] %}
+        {%- endif %}
+        {%- if reasoning and loop.index0 > last.question %}
+            {%- set content = '<think>' + reasoning + '</think>' + content %}
+        {%- elif reasoning %}
+            {%- set content = content.lstrip() %}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+# Noncharacters, which no text holds: GUARD splits control tokens that a message spells out, END marks an answer's end
+GUARD, END = "\ufdd0", "\ufdd1"
+
+
+def render(
+    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = True, **variables: Any
+) -> str:
+    """The conversation as the tokenizer's template writes it; `variables` (tools, enable_thinking, ...) go to it.
+
+    InputError for messages that are not well formed, and for a template that is missing or fails on them.
+    """
+    return _render(tokenizer, check_messages(messages), add_generation_prompt, variables)
+
+
+def render_own(messages: list[Message]) -> str:
+    """The conversation as TEMPLATE writes it, when there is no tokenizer yet."""
+    return _compiled(TEMPLATE).render(messages=check_messages(messages), add_generation_prompt=False)
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: list[Message], **variables: Any) -> list[int]:
+    """Token ids that ask for the next answer. Control tokens spelled out in a message stay plain text: a user cannot
+    forge the end of a turn."""
+    text = _render(tokenizer, _guarded(tokenizer, check_messages(messages)), True, variables)
+    return [token for part in text.split(GUARD) for token in tokenizer.encode(part)]
+
+
+def encode_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
+    """Token ids [T] of a whole conversation, and a mask [T] that is 1 on what the assistant says, the end of its turn
+    included. Splits as generation does: what the model is given is encoded apart from what it has to say."""
+    ids: list[int] = []
+    mask: list[int] = []
+    for text, spoken in segments(tokenizer, messages):
+        part = tokenizer.encode(text)
+        ids += part
+        mask += [spoken] * len(part)
+    return ids, mask
+
+
+def segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, int]]:
+    """A conversation as pieces of text to encode one by one, each with 1 if the assistant says it, else 0.
+
+    A turn whose reasoning the template left out counts as 0: the answer alone would teach not to reason.
+    InputError for a template that does not write a conversation turn by turn.
+    """
+    messages = _guarded(tokenizer, check_messages(messages))
+    whole = _render(tokenizer, messages, False, {})
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    marked = _render(tokenizer, [_mark_end(message) for message in messages], False, {})
+    *answers, _ = marked.split(END)
+    if len(answers) != len(turns) or marked.replace(END, "") != whole:
+        raise InputError("the chat template does not show every answer as it is: no training on its conversations")
+    stop = re.compile("|".join(re.escape(token) for token in sorted(_stop_tokens(tokenizer))) or "(?!)")
+    pieces: list[tuple[str, int]] = []
+    done = end = 0
+    for index, answer in zip(turns, answers, strict=True):
+        prompt = _render(tokenizer, messages[:index], True, {})
+        end += len(answer)
+        closing = stop.search(whole, end)
+        if not whole.startswith(prompt) or not done <= len(prompt) <= end:
+            raise InputError(f"messages[{index}]: the chat template does not write this answer after its own prompt")
+        if closing is None or (whole[end : closing.start()].strip() and "tool_calls" not in messages[index]):
+            raise InputError(f"messages[{index}]: the chat template does not end this answer with a stop token")
+        spoken = whole[len(prompt) : closing.end()]
+        reasoning = _reasoning(messages[index]).strip()
+        pieces += [(whole[done : len(prompt)], 0), (spoken, int(reasoning in spoken))]
+        done = closing.end()
+    pieces.append((whole[done:], 0))
+    return [(part, spoken) for text, spoken in pieces for part in text.split(GUARD) if part]
+
+
+def check_messages(messages: Any, where: str = "messages") -> list[Message]:
+    """Copies of the messages in one form: `content` is text, `reasoning` is called reasoning_content, a developer is a
+    system. InputError, naming the message and the field, for anything else than messages."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where} must be a list with at least one message")
+    return [_checked(message, f"{where}[{index}]") for index, message in enumerate(messages)]
+
+
+def _checked(message: Any, where: str) -> Message:
+    if not isinstance(message, dict):
+        raise InputError(f"{where} must be an object with role and content, not {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InputError(f"{where}.role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}")
+    checked = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
+    for key in ("reasoning", "reasoning_content"):
+        reasoning = message.get(key)
+        if not isinstance(reasoning, str | None):
+            raise InputError(f"{where}.{key} must be text, not {type(reasoning).__name__}")
+        if reasoning:
+            checked["reasoning_content"] = reasoning
+    if isinstance(content, list):  # OpenAI's parts
+        content = "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
+    if content is None and role == "assistant" and (message.get("tool_calls") or "reasoning_content" in checked):
+        content = ""
+    if not isinstance(content, str):
+        raise InputError(f"{where}.content must be text, not {type(content).__name__}")
+    return checked | {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise InputError(f"{where} must be a part of type text")
+    return text
+
+
+# --- the template -----------------------------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for transformers; here the text itself is all that counts."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    # the sandbox and these names are what transformers gives to a template
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+    return environment.from_string(template)
+
+
+def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool, variables: dict) -> str:
+    template = tokenizer.chat_template
+    if template is None:
+        raise InputError("this model has no chat template: it was not taught to answer messages")
+    if "reasoning_content" not in template:
+        messages = [_folded(message) for message in messages]
+    given = {"tools": None, "documents": None, **tokenizer.special_tokens_map, **variables}
+    try:
+        return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
+    except Exception as error:  # a template is a program that someone else wrote: it can fail in any way
+        raise InputError(f"the chat template cannot write these messages: {str(error).splitlines()[0]}") from error
+
+
+def _folded(message: Message) -> Message:
+    """For templates that know of no reasoning_content: the reasoning inside the content."""
+    if "reasoning_content" not in message:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return rest | {"content": f"{OPEN}{message['reasoning_content']}{CLOSE}{message['content']}"}
+
+
+def _reasoning(message: Message) -> str:
+    return message.get("reasoning_content") or split_reasoning(message["content"])[0]
+
+
+def _mark_end(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    content = message["content"]
+    end = len(content.rstrip())  # before trailing blanks: some templates strip them
+    return message | {"content": content[:end] + END + content[end:]}
+
+
+def _stop_tokens(tokenizer: Tokenizer) -> set[str]:
+    return {tokenizer.decode([index], skip_special=False) for index in tokenizer.stop_ids}
+
+
+def _guarded(tokenizer: Tokenizer, value: Any) -> Any:
+    """The same messages with GUARD inside every control token that they spell out."""
+    if isinstance(value, str):
+        value = value.replace(GUARD, "").replace(END, "")
+        return tokenizer.control_pattern.sub(lambda found: found[0][:1] + GUARD + found[0][1:], value)
+    if isinstance(value, list):
+        return [_guarded(tokenizer, item) for item in value]
+    if isinstance(value, dict):
+        return {key: _guarded(tokenizer, item) for key, item in value.items()}
+    return value
+
+
+# --- reasoning and answer ---------------------------------------------------------------------------------------------
+
+
+class StreamSplitter:
+    """Tells reasoning from answer in text that arrives in pieces.
+
+    Reasoning opens with <think> at the very beginning and ends with the next </think>; a later <think> is part of the
+    answer. The tags, blanks before the first one and line breaks after either are dropped. With `inside=True` the text
+    begins within the reasoning, because the prompt itself opened it (see `opens_reasoning`).
+    """
+
+    def __init__(self, inside: bool = False):
+        self._state = "reasoning" if inside else "start"
+        self._fresh = True  # nothing given out since the last tag: line breaks are dropped
+        self._held = ""  # may be the beginning of a tag
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        """The pieces (kind, text), kind "reasoning" or "content", that are certain by now."""
+        return list(self._advance(self._held + text))
+
+    def flush(self) -> list[tuple[str, str]]:
+        """The rest, when no more text comes."""
+        held, self._held = self._held, ""
+        self._fresh &= self._state != "start"
+        return list(self._emit("reasoning" if self._state == "reasoning" else "content", held))
+
+    def _advance(self, text: str) -> Iterator[tuple[str, str]]:
+        self._held = ""
+        if self._state == "start":
+            begin = text.lstrip()
+            if begin != OPEN and OPEN.startswith(begin):  # nothing yet but blanks and a part of the tag
+                self._held = text
+                return
+            if begin.startswith(OPEN):
+                self._state, text = "reasoning", begin[len(OPEN) :]
+            else:
+                self._state, self._fresh = "content", False
+        if self._state == "reasoning":
+            before, tag, after = text.partition(CLOSE)
+            if not tag:
+                size = len(text) - _overlap(text, CLOSE)
+                self._held = text[size:]
+                yield from self._emit("reasoning", text[:size])
+                return
+            yield from self._emit("reasoning", before)
+            self._state, self._fresh, text = "content", True, after
+        yield from self._emit("content", text)
+
+    def _emit(self, kind: str, text: str) -> Iterator[tuple[str, str]]:
+        if self._fresh:
+            text = text.lstrip("\n")
+        if text:
+            self._fresh = False
+            yield kind, text
+
+
+def split_reasoning(text: str, inside: bool = False) -> tuple[str, str]:
+    """(reasoning, answer) of a whole text, as StreamSplitter tells them. Without </think> all of it is reasoning, if
+    it began with <think>."""
+    splitter = StreamSplitter(inside)
+    parts = splitter.feed(text) + splitter.flush()
+    reasoning, answer = ("".join(part for kind, part in parts if kind == wanted) for wanted in ("reasoning", "content"))
+    return reasoning, answer
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside the reasoning, as those of R1's distillations do."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` with which `tag` begins, without being all of it."""
+    return max(size for size in range(min(len(tag), len(text) + 1)) if text.endswith(tag[:size]))

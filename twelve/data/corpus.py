@@ -1,0 +1,317 @@
+"""From text and messages to token shards: `tokenize` writes what `PackedData` reads."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from twelve.data import chat
+from twelve.data.reader import STDIN, Document, Report, find_files, read_documents, save_stdin
+from twelve.data.shards import FORMAT, KINDS, META, Batch, PackedData
+from twelve.data.tokenizer import Tokenizer, check_vocab_size
+from twelve.errors import InputError
+from twelve.files import FolderLock, free_bytes, read_json, sha256, write_json
+
+__all__ = ["Batch", "Document", "PackedData", "Report", "find_files", "read_documents", "texts", "tokenize"]
+
+BATCH_BYTES = 2 << 20  # of text tokenised at once (or one document more)
+BATCH_DOCUMENTS = 4096
+SHARD_TOKENS = 1 << 28
+
+
+def tokenize(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer | str | Path | None = None,
+    vocab_size: int | None = None,
+    *,
+    progress: bool = True,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, Any]:
+    """Write the documents of `paths` and their tokenizer into the folder `out`; what there is to say of them.
+
+    The tokenizer is the one given (or that of a folder), else one of `vocab_size` entries (None: by the size of the
+    corpus) trained on these texts. `PackedData(out)` and `Tokenizer.load(out)` read what is written.
+
+    Streams: memory holds a few batches of BATCH_BYTES, and a tokenizer's sample. The folder is valid only once
+    meta.json is there, which comes last; a run that was stopped leaves nothing that `PackedData` opens. What is there
+    already is used again if it was made from the same files in the same way.
+
+    InputError for what `read_documents` refuses, messages that the chat template cannot write, a vocabulary too small,
+    a full disk, or nothing to learn from.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: name a folder for the shards")
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)  # before reading for minutes
+    if isinstance(tokenizer, str | Path):
+        tokenizer = Tokenizer.load(tokenizer)
+    find_files(paths)  # a wrong path makes no folder
+    with FolderLock(out), _stdin_as_file(paths, out) as paths:
+        request = {
+            "format": FORMAT,
+            "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
+            "vocab_size": (vocab_size or _vocab_size_for(paths)) if tokenizer is None else None,
+            "sources": [_source(path) for path in find_files(paths).train],
+        }
+        data = _made_before(out, request)
+        if data is None:
+            _clear(out)
+            try:
+                tokenizer = tokenizer or _trained(paths, request["vocab_size"], progress)
+                meta = _write(paths, tokenizer, out, progress, shard_tokens)
+                for source in request["sources"]:
+                    source["sha256"] = sha256(source["path"])
+                tokenizer.save(out)
+                write_json(out / META, meta | {"request": request})
+            except BaseException as error:
+                _clear(out)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise InputError(f"no space left to write {out} ({free_bytes(out):,} bytes free)") from error
+                raise
+            data = PackedData(out)
+    return {
+        "folder": str(out),
+        "vocabulary": data.meta["vocabulary"],
+        "documents": data.documents,
+        "tokens": data.tokens,
+        "bytes": data.bytes,
+        "bytes_per_token": data.bytes / data.tokens,
+        **{count: data.meta[count] for count in ("empty", "unanswered", "bad_bytes", "held_out")},
+        "seconds": time.monotonic() - started,
+        "next": f"twelve pretrain {out}",
+    }
+
+
+def texts(documents: Iterable[Document]) -> Iterator[str]:
+    """What a tokenizer is trained on: the texts, and conversations as our own template writes them."""
+    for document in documents:
+        yield document.text if document.text is not None else chat.render_own(document.messages)
+
+
+def _trained(paths: Sequence[str | Path], vocab_size: int, progress: bool) -> Tokenizer:
+    return Tokenizer.train(texts(read_documents(paths)), vocab_size, progress=progress)
+
+
+def _vocab_size_for(paths: Sequence[str | Path]) -> int:
+    """By the bytes of text, compressed ones counted threefold: every entry is to be seen often enough to be learnt."""
+    size = sum(path.stat().st_size * (3 if path.suffix in (".gz", ".zst") else 1) for path in find_files(paths).train)
+    return 4096 if size < 8e6 else 8192 if size < 1e9 else 16384 if size < 1e10 else 32768
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stdin_as_file(paths: Sequence[str | Path], out: Path) -> Iterator[list[str | Path]]:
+    """`paths`, with a copy in place of standard input, which can be read only once; it lasts as long as the block."""
+    folder = out / ".stdin"
+    try:
+        yield [save_stdin(folder) if str(path) == STDIN else path for path in paths]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _source(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _made_before(out: Path, request: dict[str, Any]) -> PackedData | None:
+    """The shards in `out`, if they are whole and are what this request would make."""
+    try:
+        made = read_json(out / META)["request"]
+        same = all(made[key] == request[key] for key in ("format", "tokenizer", "vocab_size"))
+        pairs = zip(made["sources"], request["sources"], strict=True)
+        if same and all(_is_same(old, new) for old, new in pairs):
+            Tokenizer.load(out)
+            return PackedData(out)
+    except (InputError, KeyError, TypeError, ValueError):
+        pass  # absent, damaged or of another version: make it anew
+    return None
+
+
+def _is_same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Same path, size and time, or else (a copy, a fresh checkout) same content."""
+    if old["size"] != new["size"]:
+        return False
+    untouched = (old["path"], old["mtime_ns"]) == (new["path"], new["mtime_ns"])
+    return untouched or old["sha256"] == sha256(new["path"])
+
+
+def _clear(out: Path) -> None:
+    """Remove what a former or stopped run left; meta.json first, so that no half of it looks whole."""
+    (out / META).unlink(missing_ok=True)
+    for kind in KINDS:
+        for path in [*out.glob(f"{kind}-*.tokens"), *out.glob(f"{kind}-*.mask"), *out.glob(f"{kind}.ends")]:
+            path.unlink()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, out: Path, progress: bool, shard_tokens: int
+) -> dict[str, Any]:
+    """Write all shards; the content of meta.json but for the request.
+
+    Text is `start_ids`, its tokens, `end_id`; control tokens that it spells out stay text. A conversation is what the
+    chat template writes, up to the last token that the assistant says; one without an answer is left out and counted.
+    """
+    report, digest, unanswered = Report(), hashlib.sha256(), 0
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    with ExitStack() as stack:
+        text, talk = (stack.enter_context(_Writer(out, kind, dtype, shard_tokens, digest)) for kind in KINDS)
+        bar = stack.enter_context(_Bar(report, progress))
+        start = tokenizer.start_ids  # before a document, not before its later pieces
+        for batch in _batches(read_documents(paths, report)):
+            pieces = [document for document in batch if document.text is not None]
+            for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], control=False), strict=True):
+                text.add([*start, *ids, *([] if piece.more else end)])
+                text.bytes += len(piece.text.encode())
+                start = [] if piece.more else tokenizer.start_ids
+                if not piece.more:
+                    text.end_document()
+            for segments in _conversations([document for document in batch if document.text is None], tokenizer):
+                unanswered += not _add_conversation(talk, segments)
+            bar.show(text.bytes + talk.bytes)
+    if not text.tokens + talk.tokens:
+        raise InputError(f"nothing to learn from: {unanswered} conversations, in which no assistant says anything")
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocabulary": tokenizer.vocab_size,
+        "tokenizer": tokenizer.fingerprint,
+        "pad": next((index for index in (tokenizer.pad_id, tokenizer.end_id) if index is not None), 0),
+        "kinds": {writer.kind: writer.counts() for writer in (text, talk)},
+        "empty": report.empty,
+        "unanswered": unanswered,
+        "bad_bytes": report.bad_bytes,
+        "held_out": report.held_out,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        # characters count as 2 bytes, and a conversation as 1 KiB: this only bounds memory
+        size += 1024 if document.text is None else 2 * len(document.text)
+        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+Segment = tuple[bytes, list[int], int]  # text, its tokens, 1 if the assistant says it
+
+
+def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[list[Segment]]:
+    """The segments of each conversation, all encoded in one call."""
+    parts = []
+    for document in documents:
+        try:
+            parts.append(chat.segments(tokenizer, document.messages))
+        except InputError as error:
+            raise InputError(f"{document.source}: {error}") from error
+    ids = iter(tokenizer.encode_batch([text for segments in parts for text, _ in segments]))
+    for segments in parts:
+        yield [(text.encode("utf-8", "replace"), next(ids), spoken) for text, spoken in segments]
+
+
+def _add_conversation(writer: _Writer, segments: list[Segment]) -> bool:
+    """Write a conversation up to its last spoken segment; False if there is none."""
+    while segments and not segments[-1][2]:
+        segments.pop()
+    for text, ids, spoken in segments:
+        writer.add(ids, spoken)
+        writer.bytes += len(text)
+    if segments:
+        writer.end_document()
+    return bool(segments)
+
+
+class _Writer:
+    """Context manager: appends documents of one kind to its shards. Files are made when there is something to write."""
+
+    def __init__(self, folder: Path, kind: str, dtype: str, shard_tokens: int, digest):
+        self.folder, self.kind, self.dtype, self.shard_tokens, self.digest = folder, kind, dtype, shard_tokens, digest
+        self.documents = self.tokens = self.bytes = 0
+        self._sizes: list[int] = []  # tokens of each shard
+        self._files: dict[str, BinaryIO] = {}
+
+    def add(self, ids: list[int], spoken: int = 1) -> None:
+        if not self._sizes or self._sizes[-1] >= self.shard_tokens:
+            self._close("tokens", "mask")
+            self._sizes.append(0)
+        shard = f"{self.kind}-{len(self._sizes) - 1:05}"
+        self._append("tokens", shard, np.array(ids, self.dtype))
+        if self.kind == "chat":
+            self._append("mask", shard, np.full(len(ids), spoken, np.uint8))
+        self._sizes[-1] += len(ids)
+        self.tokens += len(ids)
+
+    def end_document(self) -> None:
+        self.documents += 1
+        self._append("ends", self.kind, np.array([self.tokens], np.int64))
+
+    def counts(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self._sizes}
+
+    def _append(self, suffix: str, stem: str, content: np.ndarray) -> None:
+        if suffix not in self._files:
+            self._files[suffix] = open(self.folder / f"{stem}.{suffix}", "wb")  # noqa: SIM115 closed in _close
+        data = content.tobytes()
+        self._files[suffix].write(data)
+        self.digest.update(data)
+
+    def _close(self, *suffixes: str) -> None:
+        for suffix in suffixes:
+            if file := self._files.pop(suffix, None):
+                with file:
+                    file.flush()
+                    os.fsync(file.fileno())  # meta.json, written later, vouches for it
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close("tokens", "mask", "ends")
+
+
+class _Bar:
+    """Context manager: a progress bar over the files' bytes, with the speed in text and the time left."""
+
+    def __init__(self, report: Report, progress: bool):
+        self.report, self.started = report, time.monotonic()
+        self.bar = tqdm(
+            desc="tokenize", unit="B", unit_scale=True, disable=not progress,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )  # fmt: skip
+
+    def show(self, text_bytes: int) -> None:
+        self.bar.total = self.report.size
+        speed = text_bytes / (time.monotonic() - self.started) / 1e6
+        self.bar.set_postfix_str(f"{speed:.1f} MB/s of text", refresh=False)
+        self.bar.update(self.report.position - self.bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()

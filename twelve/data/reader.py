@@ -1,0 +1,315 @@
+"""From files, folders and standard input to documents, in a stream: memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from twelve.data.chat import check_messages
+from twelve.errors import InputError
+
+STDIN = "-"
+FORMATS = re.compile(r"(-\d+-of-\d+)?\.(txt|md|jsonl)(\.gz|\.zst)?$", re.IGNORECASE)
+SPLIT_NAME = re.compile(r"(.*?)(val|valid|validation|dev|test|eval)", re.IGNORECASE)
+PIECE = 1 << 18  # bytes; longer texts come in pieces of at most this many
+LINE_LIMIT = 64 << 20  # bytes of one line of JSONL, which has to be in memory as a whole
+NOISE = 0.3  # share of undecodable bytes and control characters above which a file is no text
+CONTROL_BYTES = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class Document:
+    """A text, or a piece of one, or a conversation."""
+
+    text: str | None
+    messages: list[dict[str, Any]] | None
+    source: str  # file, and line for JSONL
+    more: bool = False  # the next Document goes on where this text stops: together they are one document
+
+
+@dataclass
+class Report:
+    """What was met while reading; the counts grow as documents come."""
+
+    files: int = 0
+    documents: int = 0
+    empty: int = 0  # documents without any text, skipped
+    bad_bytes: int = 0  # bytes that are no UTF-8, skipped
+    position: int = 0  # bytes read so far, of the files as they are on disk
+    size: int | None = None  # bytes of all files; None with standard input
+    held_out: list[str] = field(default_factory=list)  # files left for validation
+
+
+@dataclass(frozen=True)
+class Files:
+    """What paths stand for."""
+
+    train: list[Path]
+    held_out: list[Path]  # validation and test parts, beside a training part of the same name
+
+
+def find_files(paths: Iterable[str | Path]) -> Files:
+    """The files that `paths` stand for, each once: a folder means all text files below it, in the order of their names.
+
+    In a folder, `x-val.jsonl` (or test, dev, ...) is held out where there is an `x-train.jsonl`; the same goes for
+    folders. A file that is named itself is always read. InputError for a missing path or an unknown kind of file.
+    """
+    train: dict[Path, None] = {}
+    held_out: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file, held in _in_folder(path):
+                (held_out if held else train)[file] = None
+        elif str(path) != STDIN and not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        elif str(path) != STDIN and not FORMATS.search(path.name):
+            raise InputError(f"{path}: not a kind of file that can be read (.txt, .md, .jsonl; also .gz and .zst)")
+        else:
+            train[path] = None
+    return Files(list(train), [path for path in held_out if path not in train])
+
+
+def _in_folder(folder: Path) -> list[tuple[Path, bool]]:
+    found = [path.relative_to(folder) for path in folder.rglob("*") if FORMATS.search(path.name) and path.is_file()]
+    files = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+    names = {_stem(step) for path in files for step in (path, *path.parents)}
+    return [(folder / path, any(_is_held_out(step, names) for step in (path, *path.parents))) for path in files]
+
+
+def _is_held_out(path: Path, names: set[str]) -> bool:
+    match = SPLIT_NAME.fullmatch(Path(_stem(path)).name)
+    return match is not None and str(path.parent / f"{match[1]}train") in names
+
+
+def _stem(path: Path) -> str:
+    return str(path.parent / FORMATS.sub("", path.name))
+
+
+def read_documents(paths: Sequence[str | Path], report: Report | None = None) -> Iterator[Document]:
+    """All documents of files, folders (see `find_files`) and standard input ("-"), in order.
+
+    A .txt or .md file is one document. Each line of a .jsonl file is one: an object with `text`, or with `messages`.
+    A text longer than PIECE comes as several Documents with `more` set on all but the last. Standard input is JSONL if
+    its first line is a JSON object, else text.
+
+    InputError for a missing path, a damaged or binary file, a row of the wrong shape or above LINE_LIMIT (with its
+    line number), and when there is no text at all.
+    """
+    report = report if report is not None else Report()
+    files = find_files(paths)
+    report.held_out = [str(path) for path in files.held_out]
+    known = all(str(path) != STDIN for path in files.train)
+    report.size = sum(path.stat().st_size for path in files.train) if known else None
+    for path in files.train:
+        report.files += 1
+        blocks = _blocks(path, report)
+        if str(path) == STDIN:
+            first = next(blocks, b"")
+            lines, blocks = _is_object(first), chain([first], blocks)
+        else:
+            lines = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+        for document in (_rows if lines else _text)(path, blocks, report):
+            report.documents += not document.more
+            yield document
+    if not report.documents:
+        raise InputError(f"no text in {', '.join(map(str, paths)) or 'nothing'}: the corpus is empty")
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+def _text(path: Path, blocks: Iterator[bytes], report: Report) -> Iterator[Document]:
+    """One document; bytes that are no UTF-8 are skipped and counted."""
+    total = noise = 0
+    waiting: str | None = None  # one piece is held back, to know whether another follows
+    for number, data in enumerate(_cut(blocks)):
+        text, bad = _decode(data.removeprefix(BOM) if number == 0 else data)
+        report.bad_bytes += bad
+        total += len(data)
+        noise += bad + len(data) - len(data.translate(None, CONTROL_BYTES))
+        if noise > NOISE * total:
+            raise InputError(
+                f"{path}: {noise / total:.0%} of it cannot be read as UTF-8 text; if it is text in another encoding, "
+                "convert it (iconv -f cp949 -t utf-8), else leave it out"
+            )
+        if waiting is not None:
+            yield Document(waiting, None, str(path), more=True)
+        waiting = text
+    if waiting is None or (total <= PIECE and not waiting.strip()):
+        report.empty += 1
+    else:
+        yield Document(waiting, None, str(path))
+
+
+def _rows(path: Path, blocks: Iterator[bytes], report: Report) -> Iterator[Document]:
+    """A document a line."""
+    for number, line in _lines(path, blocks):
+        where = f"{path}:{number}"
+        text, bad = _decode(line.removeprefix(BOM) if number == 1 else line)
+        report.bad_bytes += bad
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not a line of JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: must be an object with `text` or `messages`, not {type(row).__name__}")
+        if row.get("messages") is not None:
+            yield Document(None, check_messages(row["messages"], f"{where}: messages"), where)
+            continue
+        if not isinstance(row.get("text"), str):
+            kind = "is missing" if "text" not in row else f"is {type(row['text']).__name__}, not text"
+            raise InputError(f"{where}: `text` {kind}, and there are no `messages`")
+        data = row["text"].encode("utf-8", "ignore")  # "\\ud800" in JSON is half a character
+        report.bad_bytes += len(row["text"].encode("utf-8", "surrogatepass")) - len(data)
+        pieces = [piece.decode() for piece in _cut([data])] if row["text"].strip() else []
+        report.empty += not pieces
+        for index, piece in enumerate(pieces, 1):
+            yield Document(piece, None, where, more=index < len(pieces))
+
+
+def _cut(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces of at most PIECE bytes, cut after a line, else before a blank, else between characters."""
+    held = b""
+    for block in blocks:
+        held += block
+        start = 0
+        while len(held) - start > PIECE:
+            end = held.rfind(b"\n", start + PIECE // 2, start + PIECE) + 1
+            end = end or max(0, held.rfind(b" ", start + PIECE // 2, start + PIECE))
+            if not end:
+                end = start + PIECE
+                while end > start + PIECE - 3 and held[end] & 0xC0 == 0x80:  # inside a character
+                    end -= 1
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _decode(data: bytes) -> tuple[str, int]:
+    """Text, and the number of bytes that had to be left out of it."""
+    try:
+        return data.decode(), 0
+    except UnicodeDecodeError:
+        text = data.decode("utf-8", "ignore")
+        return text, len(data) - len(text.encode())
+
+
+def _is_object(block: bytes) -> bool:
+    """Whether the first line is a JSON object; one that is longer than the block only has to look like it."""
+    line, end, _ = block.lstrip(BOM + b" \t\r\n").partition(b"\n")
+    if not end and len(block) >= PIECE:
+        return line.startswith(b'{"')
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Line number from 1, and the line."""
+    number, parts, size = 1, [], 0
+    for block in blocks:
+        *complete, rest = block.split(b"\n")
+        for line in complete:
+            yield number, b"".join([*parts, line])
+            number, parts, size = number + 1, [], 0
+        parts.append(rest)
+        size += len(rest)
+        if size > LINE_LIMIT:
+            raise InputError(f"{path}:{number}: a line above {LINE_LIMIT >> 20} MiB; split it, or store it as .txt")
+    if size:
+        yield number, b"".join(parts)
+
+
+def save_stdin(folder: Path) -> Path:
+    """Copy standard input into a file in `folder`, which says by its name how to read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = sys.stdin.buffer.read(PIECE)
+    path = folder / ("stdin.jsonl" if _is_object(first) else "stdin.txt")
+    with open(path, "wb") as file:
+        file.write(first)
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(path: Path, report: Report) -> Iterator[bytes]:
+    """Decompressed blocks of about PIECE bytes; `report.position` follows in the file as it is stored."""
+    before = report.position
+    if str(path) == STDIN:
+        while block := sys.stdin.buffer.read(PIECE):
+            report.position += len(block)
+            yield block
+        return
+    try:
+        with open(path, "rb") as raw:
+            for block in _decompressed(raw, path.suffix.lower()):
+                report.position = before + raw.tell()
+                yield block
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
+    if suffix == ".zst":
+        yield from _zstd(raw)
+        return
+    file = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
+    while block := file.read(PIECE):
+        yield block
+
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """EOFError for a file that is cut short, or is no zstd at all."""
+    try:
+        from compression import zstd  # Python 3.14 and later
+    except ImportError:
+        yield from _zstandard(raw)
+        return
+    try:
+        with zstd.open(raw) as file:
+            while block := file.read(PIECE):
+                yield block
+    except zstd.ZstdError as error:
+        raise EOFError(error) from error
+
+
+def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(f"{raw.name}: reading .zst needs a package: pip install 'twelve[zst]'") from error
+    # frame by frame: the package's own file objects take a file that is cut short for a whole one
+    decompressor, frame, parts = zstandard.ZstdDecompressor(), None, []
+    try:
+        while chunk := raw.read(4096):  # small, since there is no other limit to what comes out at once
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                parts.append(frame.decompress(chunk))
+                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            if sum(map(len, parts)) >= PIECE:
+                yield b"".join(parts)
+                parts = []
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from error
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+    yield b"".join(parts)
