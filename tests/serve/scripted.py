@@ -32,7 +32,8 @@ class ScriptedModel(nn.Module):
         self.passes += 1
         cache.length += ids.shape[1]
         logits = torch.zeros(1, 1, self.vocab_size)
-        logits[..., self.script[min(cache.length - self.prompt_tokens, len(self.script) - 1)]] = 100.0
+        at = max(0, cache.length - self.prompt_tokens)  # 0 while the prompt is read
+        logits[..., self.script[min(at, len(self.script) - 1)]] = 100.0
         return logits
 
 

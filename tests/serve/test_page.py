@@ -170,7 +170,7 @@ def test_settings_are_sent_and_kept(page, url):
     page.open(url)
     body = page.evaluate("JSON.parse(requestBody())")
     assert body["messages"][0] == {"role": "system", "content": "짧게"}
-    assert (body["seed"], body["max_tokens"], body["temperature"], body["top_p"]) == (7, 12, 0.6, 0.95)
+    assert (body["seed"], body["max_tokens"], body["temperature"], body["top_p"]) == (7, 12, 0.3, 0.9)
     ask(page)
     page.wait("document.querySelector('.foot')?.textContent")
     assert "최대 길이" in text_of(page, ".foot")

@@ -356,7 +356,7 @@ def test_deltas_come_as_they_are_made(tokenizer):
 
 def test_silence_is_bridged_while_a_long_prompt_is_read(tokenizer, monkeypatch):
     monkeypatch.setattr(answer, "KEEPALIVE_SECONDS", 0.05)
-    with serving(ScriptedEngine(tokenizer, "ok", delay=0.3)) as url:
+    with serving(ScriptedEngine(tokenizer, "ok", delay=0.03, prefill_chunk=2)) as url:
         text = post(url, stream=True).text
         assert text.count(": still working\n\n") >= 3
         assert streamed(url)[1][0]["content"] == "ok"  # the client passes over them

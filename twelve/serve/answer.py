@@ -131,7 +131,8 @@ async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterat
             for delta in deltas:
                 if left.is_set():
                     return
-                loop.call_soon_threadsafe(queue.put_nowait, (delta, None))
+                if delta.token_ids:  # the rest has nothing for the client, and a client left in silence gives up
+                    loop.call_soon_threadsafe(queue.put_nowait, (delta, None))
         except Exception as error:
             end = error
         finally:

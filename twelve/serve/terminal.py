@@ -30,8 +30,8 @@ class Reply:
 
 
 def chat(
-    engine: Engine, *, system: str | None = None, max_tokens: int | None = 2048, temperature: float = 0.6,
-    top_p: float = 0.95, seed: int | None = None, as_json: bool = False,
+    engine: Engine, *, system: str | None = None, max_tokens: int | None = 2048, temperature: float = 0.3,
+    top_p: float = 0.9, seed: int | None = None, as_json: bool = False,
 ) -> None:  # fmt: skip
     """Talk until /exit or Ctrl-D. Without a terminal on standard input, its text is one question: answer and end.
 
