@@ -51,9 +51,9 @@ def demo(options: Options) -> Result:
 
 
 def tokenize(options: Options) -> Result:
-    from twelve.data.corpus import prepare
+    from twelve.data.corpus import tokenize
 
-    return prepare(options.paths, options.out, **_given(options, {"tokenizer", "vocab_size"}))
+    return tokenize(options.paths, options.out, options.tokenizer, options.vocab_size)
 
 
 def pretrain(options: Options) -> Result:
@@ -230,7 +230,7 @@ def _training(made: argparse.ArgumentParser) -> None:
 def _tokenizer(made: argparse.ArgumentParser) -> None:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="FOLDER", help="one that exists")
-    which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: 8192)")
+    which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: by its size)")
 
 
 def _sampling(made: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from twelve import tasks
 from twelve.data.chat import encode_prompt, split_reasoning
 from twelve.engine import Engine, Request, sub_seed
+from twelve.errors import InputError
 
 KEPT_SAMPLES = 8
 
@@ -44,31 +45,20 @@ class Accuracy:
         return {"accuracy": self.accuracy, "standard_error": self.standard_error, **asdict(self)}
 
 
-def problems(task: str, language: str, level: int, n: int, seed: int) -> list[tasks.Problem]:
-    """The `n` problems that this seed stands for: different questions, the same in every run and on every machine."""
-    generator = tasks.get(task)
-    draw = random.Random(f"twelve evaluate {task} {language} {level} {seed}")
-    found: dict[str, tasks.Problem] = {}
-    for _ in range(50 * n):  # an easy level may have fewer different questions than were asked for
-        problem = generator.generate(draw.getrandbits(63), level, language)
-        found.setdefault(problem.question, problem)
-        if len(found) == n:
-            break
-    return list(found.values())
-
-
 def task_accuracy(
     engine: Engine, tokenizer, task: str, language: str = "en", level: int = 1, n: int = 100, seed: int = 0,
     temperature: float = 0.0, max_tokens: int = 256,
 ) -> Accuracy:  # fmt: skip
-    """Ask `n` problems of a task through the chat template and score the answers.
+    """Ask `n` problems of the task's test split through the chat template, and score the answers.
 
-    Greedy by default; with a temperature the draws follow from `seed`. InputError for an unknown task, language or
-    level, or a tokenizer without a chat template.
+    There are fewer where the split has fewer. Greedy by default; a temperature draws by `seed`. InputError for an
+    unknown task, language or level, or a tokenizer without a chat template.
     """
     started = time.monotonic()
     scorer = tasks.get(task)
-    asked = problems(task, language, level, n, seed)
+    asked = list(islice(tasks.problems(task, "test", seed, [level], [language]), n))
+    if not asked:
+        raise InputError(f"{task} has no test problems of level {level} in {language}")
     result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0)
     for index, problem in enumerate(tqdm(asked, desc=f"{task} {language} {level}", unit="problem", leave=False)):
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem.question}])
