@@ -89,7 +89,7 @@ class Engine:
         batch = torch.tensor([ids], device=self._device)  # [1, T]
         logits = self.model(batch, cache=cache, last_only=True)[0, -1]
         # a model's vocabulary may be padded beyond its tokenizer's
-        logits = logits[: self.tokenizer.vocab_size].double().cpu().numpy()
+        logits = logits[: self.tokenizer.vocab_size].cpu().double().numpy()  # not every device has float64
         if not np.isfinite(logits.max()):
             raise InputError("the model's output is not a number: its weights are damaged, or its training diverged")
         return logits
