@@ -55,9 +55,7 @@ TEMPLATE = """\
 GUARD, END = "\ufdd0", "\ufdd1"
 
 
-def render(
-    tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = True, **variables: Any
-) -> str:
+def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
     """The conversation as the tokenizer's template writes it; `variables` (tools, enable_thinking, ...) go to it.
 
     InputError for messages that are not well formed, and for a template that is missing or fails on them.

@@ -1,7 +1,7 @@
 """Checkable tasks: a module each, found by its name, with the same two functions.
 
-    generate(seed, level, language) -> Problem  a pure function; "ko" and "en" of a seed and level say the same
-    score(problem, text) -> float               0 to 1, for what a model answered
+generate(seed, level, language) -> Problem  a pure function; "ko" and "en" of a seed and level say the same
+score(problem, text) -> float               0 to 1, for what a model answered
 """
 
 from __future__ import annotations
