@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from twelve.model.fast import blocked_attention, grouped_experts, plain_attention, plain_experts, sorted_experts
+from twelve.model.fast import (
+    blocked_attention,
+    grouped_experts,
+    one_token_experts,
+    plain_attention,
+    plain_experts,
+    sorted_experts,
+)
 from twelve.model.layers import linear_cross_entropy, plain_cross_entropy
 
 
@@ -49,6 +56,14 @@ def test_grouped_experts(tokens, experts, k):
         return lambda x, gate_up, down, gates: function(x, gate_up, down, chosen, gates)
 
     same_with_gradients(run(grouped_experts), run(plain_experts), (x, gate_up, down, gates))
+
+
+def test_one_token_experts():
+    x, gate_up, down = (t.detach() for t in (tensor(1, 16), tensor(8, 24, 16, seed=1), tensor(8, 16, 12, seed=2)))
+    chosen, gates = torch.tensor([[6, 1, 3]]), torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64)
+    torch.testing.assert_close(
+        one_token_experts(x, gate_up, down, chosen, gates), plain_experts(x, gate_up, down, chosen, gates)
+    )
 
 
 def test_sorted_experts():

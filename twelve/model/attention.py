@@ -131,8 +131,8 @@ class LatentAttention(nn.Module):
         batch, length, heads, _ = q_nope.shape
         weight = self.kv_b_proj.weight.view(heads, self.nope + self.v_width, self.rank)
         w_uk, w_uv = weight[:, : self.nope], weight[:, self.nope :]
-        q_latent = torch.einsum("bthn,hnr->bthr", q_nope, w_uk)
-        query = torch.cat((q_latent, q_rope), dim=-1).reshape(batch, length * heads, -1)
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).transpose(0, 1)  # [B * T, H, rank]
+        query = torch.cat((q_latent, q_rope.flatten(0, 1)), dim=-1).view(batch, length * heads, -1)
         scores = torch.bmm(query, entries.transpose(1, 2)).mul_(self.scale).view(batch, length, heads, -1)
         if mask is None and length > 1:
             mask = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()[None, None]
@@ -140,7 +140,8 @@ class LatentAttention(nn.Module):
             scores = scores.masked_fill(~mask.transpose(1, 2), float("-inf"))
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
         mixed = torch.bmm(weights.view(batch, length * heads, -1), entries[..., : self.rank])
-        return torch.einsum("bthr,hvr->bthv", mixed.view(batch, length, heads, self.rank), w_uv)
+        mixed = mixed.view(batch * length, heads, self.rank).transpose(0, 1)
+        return torch.bmm(mixed, w_uv.transpose(1, 2)).transpose(0, 1).view(batch, length, heads, self.v_width)
 
 
 class GroupedQueryAttention(nn.Module):

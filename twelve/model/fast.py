@@ -133,6 +133,16 @@ def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gat
     return torch.empty_like(out).index_copy(0, order, out).view(-1, k, x.shape[-1]).sum(1)
 
 
+def one_token_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    """As `plain_experts` for a single token, N = 1, without gradients: a few matrix-vector products and no sorting."""
+    weights = gates[0].unbind()
+    out = torch.zeros_like(x)
+    for weight, expert in zip(weights, chosen[0].tolist(), strict=True):
+        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
+        out.addcmul_(F.linear(F.silu(gate).mul_(up), down[expert]), weight)
+    return out
+
+
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
     """As `plain_experts`: one expert after another, each on its own tokens; for CPUs."""
     return _experts(x, gate_up, down, chosen, gates)[0]

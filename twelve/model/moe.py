@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twelve.config import ModelConfig
-from twelve.model.fast import grouped_experts, sorted_experts
+from twelve.model.fast import grouped_experts, one_token_experts, sorted_experts
 from twelve.model.layers import MLP
 
 
@@ -34,17 +34,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, D] -> chosen experts [N, k], their gates [N, k], all scores [N, E]; in float32 or wider."""
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # a rounded score flips the choice
+                return self.forward(x)
         c = self.config
-        with torch.autocast(x.device.type, enabled=False):  # a rounded score flips the choice
-            wide = torch.promote_types(x.dtype, torch.float32)
-            logits = F.linear(x.to(wide), self.weight.to(wide))
-            scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
-            with torch.no_grad():
-                chosen = self._choose(scores)
-            gates = scores.gather(1, chosen)
-            if c.norm_topk_prob:
-                gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-            return chosen, gates * c.routed_scaling_factor, scores
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.weight.to(wide))
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+        chosen = self._choose(scores.detach())
+        gates = scores.gather(1, chosen)
+        if c.norm_topk_prob:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return chosen, gates * c.routed_scaling_factor, scores
 
     def _choose(self, scores: Tensor) -> Tensor:
         """Top-k experts within the top groups; a group counts by its two best (V3) or its best (V2)."""
@@ -79,7 +80,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """x [N, D], chosen [N, k], gates [N, k] -> sum over the chosen experts of gate * expert(x), [N, D]."""
-        run = grouped_experts if x.device.type == "cpu" else sorted_experts
+        if x.device.type != "cpu":
+            run = sorted_experts
+        else:
+            run = one_token_experts if x.shape[0] == 1 and not torch.is_grad_enabled() else grouped_experts
         return run(x, self.gate_up_proj, self.down_proj, chosen, gates)
 
 

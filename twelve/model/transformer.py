@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twelve.config import ModelConfig
+from twelve.errors import InputError
 from twelve.model.attention import GroupedQueryAttention, LatentAttention, LayerCache, Positions
 from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
 from twelve.model.moe import Experts, MoE, Router, Routing
@@ -106,6 +109,16 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    def compile_layers(self) -> None:
+        """Compile the decoder layers; those of one shape share their code, so time does not grow with depth.
+
+        Raises InputError where torch finds no compiler.
+        """
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError("--compile needs a C++ compiler (g++) on this machine: install one, or leave it out")
+        for layer in self.layers:
+            layer.compile()
 
     def new_cache(self, batch_size: int = 1, max_length: int | None = None) -> Cache:
         return Cache(self, batch_size, max_length or self.config.max_position_embeddings)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from twelve.convert.huggingface import write_safetensors
 from twelve.errors import InputError
 from twelve.files import atomic_write
 from twelve.model import Transformer
@@ -23,8 +23,9 @@ def save_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW, state:
     """
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizer.state.items()}
+    metadata = {"state": json.dumps({**state, "optimizer_steps": optimizer.step_count})}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": json.dumps({**state, "optimizer_steps": optimizer.step_count})})
+        write_safetensors(tensors, temporary, metadata)
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW) -> dict:

@@ -21,7 +21,8 @@ from twelve.train.precision import autocast
 from twelve.train.schedule import learning_rate
 
 REVISE_AT = (0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98)  # shares of a timed run where its length is corrected
-SAVE_SHARE = 0.02  # at most this share of the time goes into checkpoints
+SAVE_EVERY = 15.0  # seconds between checkpoints, or more where they would take over SAVE_SHARE of the time
+SAVE_SHARE = 0.02
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,8 +44,7 @@ class Trainer:
         self.checkpoint = folder / "training" / "checkpoint.safetensors"
         self.metrics = folder / "training" / "metrics.jsonl"
         if plan.compile:
-            for layer in model.layers:
-                layer.compile()
+            model.compile_layers()
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; the figures of it."""
@@ -92,9 +92,9 @@ class Trainer:
         """
         self.restore()
         stop = _InterruptFlag()
-        began, before = time.monotonic(), self.seconds
+        began, before, first = time.monotonic(), self.seconds, self.step
         saved, save_cost = began, 0.0
-        marks = [mark for mark in REVISE_AT] if seconds_left else []
+        marks = list(REVISE_AT) if seconds_left else []
         log = open(self.metrics, "a", encoding="utf-8")
         total = self.plan.steps(self.step)
         bar = tqdm(
@@ -114,9 +114,9 @@ class Trainer:
                 if marks and self.step >= marks[0] * self.plan.steps(self.step):
                     while marks and self.step >= marks[0] * self.plan.steps(self.step):
                         marks.pop(0)
-                    self._revise(seconds_left(), (now - began) / (self.step - bar.initial))
+                    self._revise(seconds_left(), (now - began) / (self.step - first))
                     bar.total = self.plan.steps(self.step)
-                if stop.asked or now - saved > max(15.0, save_cost / SAVE_SHARE):
+                if stop.asked or now - saved > max(SAVE_EVERY, save_cost / SAVE_SHARE):
                     self.save(log)
                     saved = time.monotonic()
                     save_cost = saved - now

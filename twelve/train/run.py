@@ -18,6 +18,7 @@ from twelve.files import FolderLock
 from twelve.model import Transformer, count_parameters
 from twelve.train.loop import Interrupted, Trainer
 from twelve.train.plan import Plan
+from twelve.train.precision import keep_freed_memory
 
 EPOCHS = 3  # where neither minutes nor steps are given
 CALIBRATION_SECONDS = 4.0
@@ -61,6 +62,7 @@ def run(
         prepared = prepare(folder, plan)
         plan = prepared.plan
         torch.set_num_threads(plan.threads)
+        keep_freed_memory()
         (folder / "training").mkdir(parents=True, exist_ok=True)
         if not resumed:
             _fix_length(prepared, folder, minutes, steps, started)

@@ -1,0 +1,205 @@
+"""Whole runs: resume bit for bit, however a run ended; plans that hold; folders that are whole."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import twelve
+from twelve.errors import InputError
+from twelve.files import FolderLock, sha256
+from twelve.train.loop import Interrupted, Trainer
+from twelve.train.plan import Plan
+from twelve.train.pretrain import pretrain
+from twelve.train.sft import sft
+
+SMALL = {"width": 64, "layers": 2, "experts": 4, "experts_per_token": 2, "vocab_size": 300, "context": 32, "batch": 4,
+         "quiet": True}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rows = [f"{n} apples and {n * 3 % 17} pears. 사과 {n}개와 배 {n * 3 % 17}개." for n in range(400)]
+    (folder / "fruit.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A whole run, its result and its folder."""
+    folder = tmp_path_factory.mktemp("run") / "model"
+    return pretrain([text], folder, steps=25, mtp=1, **SMALL), folder
+
+
+def test_a_run_learns_and_leaves_a_model_folder(finished):
+    result, folder = finished
+    rows = [json.loads(line) for line in (folder / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == result["steps"] == 25
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and result["tokens"] == 25 * 4 * 32
+    model, tokenizer = twelve.load(folder)
+    assert model(torch.tensor([tokenizer.encode("사과 3개")])).isfinite().all()
+    assert model.config.num_nextn_predict_layers == 1
+    assert "3,200" in (folder / "README.md").read_text()
+    assert (folder / "training" / "report.html").exists()
+    assert not (folder / "training" / "checkpoint.safetensors").exists()  # nothing is left to resume
+
+
+def test_ctrl_c_saves_and_a_resume_ends_with_the_same_weights(text, tmp_path, finished, monkeypatch):
+    original = Trainer.train_step
+
+    def interrupted(self):
+        if self.step in (7, 16) and not self.seconds_at_stop == self.step:
+            self.seconds_at_stop = self.step
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Trainer, "seconds_at_stop", None, raising=False)
+    stops = []
+    for _ in range(3):
+        try:
+            pretrain([text], tmp_path / "run", steps=25, mtp=1, **SMALL)
+        except Interrupted as stop:
+            stops.append(str(stop))
+            monkeypatch.setattr(Trainer, "seconds_at_stop", 7 if len(stops) == 1 else 16, raising=False)
+    assert [f"saved at step {step}" in stop for step, stop in zip((8, 17), stops, strict=True)] == [True, True]
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 26))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, finished):
+    """SIGKILL at random moments, checkpoints after every step."""
+    script = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[3]))\n"
+        "from twelve.train import loop; loop.SAVE_EVERY = 0.0; loop.SAVE_SHARE = 1e9\n"
+        "from twelve.train.pretrain import pretrain\n"
+        f"pretrain([sys.argv[1]], sys.argv[2], steps=25, mtp=1, **{SMALL!r})\n"
+    )
+    arguments = [sys.executable, "-c", script, str(text), str(tmp_path / "run"), str(torch.get_num_threads())]
+    draw, kills = random.Random(0), 0
+    metrics = tmp_path / "run" / "training" / "metrics.jsonl"
+    for _ in range(12):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 60
+        if kills < 3:  # once it trains, at a moment of its own
+            seen = metrics.stat().st_size if metrics.exists() else -1
+            while process.poll() is None and time.monotonic() < deadline:
+                if metrics.exists() and metrics.stat().st_size > seen:
+                    break
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0, 0.2))
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert process.returncode == 0 and kills >= 2
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
+
+
+def test_other_options_changed_data_and_finished_runs_are_refused(text, finished):
+    _, folder = finished
+    with pytest.raises(InputError, match="seed=0, not 1"):
+        pretrain([text], folder, steps=25, mtp=1, seed=1, **SMALL)
+    with pytest.raises(InputError, match="complete"):
+        pretrain([text], folder, steps=25, mtp=1, **SMALL)
+    with pytest.raises(InputError, match="pretrain run, not sft"):
+        Plan.load(folder).check_options("sft", {}, folder)
+
+
+def test_a_second_process_on_the_folder_is_refused(text, tmp_path):
+    with FolderLock(tmp_path / "run"), pytest.raises(InputError, match="in use by process"):
+        pretrain([text], tmp_path / "run", steps=2, **SMALL)
+
+
+def test_an_existing_model_is_not_overwritten(text, tmp_path, finished):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a model already"):
+        pretrain([text], folder, steps=2, **SMALL)
+
+
+def test_too_little_time_is_said_and_nothing_is_left(text, tmp_path):
+    with pytest.raises(InputError, match="ask for more minutes"):
+        pretrain([text], tmp_path / "run", minutes=0.01, **SMALL)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "training" / "plan.json").exists()
+
+
+def test_a_timed_run_records_how_its_length_was_corrected(text, tmp_path):
+    result = pretrain([text], tmp_path / "run", minutes=0.2, **SMALL)
+    plan = Plan.load(tmp_path / "run")
+    assert plan.complete and plan.steps(result["steps"] - 1) == result["steps"]
+    assert [at for at, _ in plan.revisions] == sorted(at for at, _ in plan.revisions)
+    assert len(plan.revisions) > 2
+
+
+def test_revisions_hold_from_their_step_on():
+    plan = Plan(
+        stage="pretrain", options={}, config={}, data={}, context=8, batch_size=1, micro_batch_size=1, learning_rate=1.0,
+        seed=0, threads=1, precision="float32", decay_share=0.2, revisions=[(0, 100), (50, 80)],
+    )  # fmt: skip
+    assert plan.steps(49) == 100 and plan.steps(50) == 80
+    assert not plan.in_decay(63) and plan.in_decay(64)
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    rows = []
+    for n in range(60):
+        messages = [{"role": "user", "content": f"{n} + 1 = ?"}, {"role": "assistant", "content": f"{n + 1}"}]
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+def test_fine_tuning_continues_a_model(finished, conversations, tmp_path):
+    result = sft(finished[1], [conversations], tmp_path / "tuned", steps=12, batch=4, context=48, quiet=True)
+    rows = [json.loads(line) for line in (tmp_path / "tuned" / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] and result["steps"] == 12
+    before, after = twelve.load(finished[1])[0], twelve.load(tmp_path / "tuned")[0]
+    assert before.config == after.config
+    assert not torch.equal(before.norm.weight, after.norm.weight)
+
+
+def test_fine_tuning_over_its_own_model_is_refused(finished, conversations):
+    with pytest.raises(InputError, match="model to start from"):
+        sft(finished[1], [conversations], finished[1], steps=1)
+
+
+def test_training_off_the_main_thread_works(text, tmp_path):
+    results = []
+    worker = threading.Thread(target=lambda: results.append(pretrain([text], tmp_path / "run", steps=3, **SMALL)))
+    worker.start()
+    worker.join()
+    assert results[0]["steps"] == 3
+
+
+def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
+    from twelve.config import ModelConfig
+    from twelve.data.shards import PackedData
+    from twelve.model import Transformer
+
+    data, plan = PackedData(finished[1] / "training" / "data"), Plan.load(finished[1])
+    plan.balance_weight, plan.mtp_weight = 0.0, (0.0, 0.0)  # means over other things than the batch's targets
+    gradients = []
+    for plan.micro_batch_size in (4, 2, 3):
+        model = Transformer(ModelConfig(**plan.config)).init_weights(0).double()
+        trainer = Trainer(model, lambda step: data.batch(step, 4, 32, 0), plan, tmp_path)
+        trainer.optimizer.step = lambda rate, model=model: gradients.append(model.layers[0].self_attn.o_proj.weight.grad)
+        trainer.train_step()
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(gradients[2], gradients[0], atol=1e-7, rtol=1e-5)
