@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -267,7 +268,9 @@ def test_tokenize_says_what_it_made(tmp_path, texts, chats, tokenizer):
     data = PackedData(tmp_path / "out")
     assert made["documents"] == data.documents == 7 + 23
     assert made["tokens"] == data.tokens > 0
-    assert data.meta["kinds"]["text"]["bytes"] == sum(len(row["text"].encode()) for row in map(json.loads, open(texts)))
+    assert data.meta["kinds"]["text"]["bytes"] == sum(
+        len(json.loads(row)["text"].encode()) for row in texts.read_text().splitlines()
+    )
     assert made["unanswered"] == 1
     assert made["vocabulary"] == tokenizer.vocab_size
     assert data.meta["dtype"] == "uint16"
@@ -357,7 +360,7 @@ def test_a_full_disk(tmp_path, texts, tokenizer, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus._Writer, "_append", full)
+    monkeypatch.setattr(shards.Writer, "_append", full)
     with pytest.raises(InputError, match="no space left to write .*bytes free"):
         tokenize([texts], tmp_path / "out", tokenizer, progress=False)
     assert not (tmp_path / "out").exists()
@@ -430,7 +433,7 @@ def test_an_epoch_has_every_prediction_once(tmp_path_factory, tokenizer, texts, 
     expected = []  # (token, next token)
     for text in texts:
         ids = [0, *tokenizer.encode(text, control=False), 0]
-        expected += zip(ids[:-1], ids[1:], strict=True)
+        expected += pairwise(ids)
     for messages in chats:
         ids, mask = encode_messages(tokenizer, messages)
         pairs = list(zip(ids[:-1], ids[1:], mask[1:], strict=True))[:seq_len]
@@ -496,7 +499,7 @@ def test_one_row_by_hand(tmp_path, tokenizer):
 def test_packing_keeps_documents_whole_and_fills_well(lengths):
     order, first = pack(np.array(lengths, np.int64), 20)
     assert sorted(order.tolist()) == list(range(len(lengths)))
-    loads = [sum(lengths[n] for n in order[a:b]) for a, b in zip(first[:-1], first[1:], strict=True)]
+    loads = [sum(lengths[n] for n in order[a:b]) for a, b in pairwise(first)]
     assert all(0 < load <= 20 for load in loads)
     assert len(loads) <= 1 + 11 / 9 * -(-sum(lengths) // 20) + sum(length > 10 for length in lengths)
     assert sum(load <= 10 for load in loads) <= 1  # two half-empty bins would have been one
@@ -509,7 +512,7 @@ def test_real_text(shared_data, tmp_path, tokenizer):
     assert report.bad_bytes == 0
     for document in documents[:50]:
         assert tokenizer.decode(tokenizer.encode(document.text, control=False)) == document.text
-    rows = open(shared_data / "chat" / "ko-smalltalk.jsonl").readlines()[:1000]
+    rows = (shared_data / "chat" / "ko-smalltalk.jsonl").read_text().splitlines(keepends=True)[:1000]
     tokenize([write(tmp_path / "a.jsonl", "".join(rows))], tmp_path / "out", tokenizer, progress=False)
     data = PackedData(tmp_path / "out")
     assert data.documents == 1000

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twelve.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer, sample
+from twelve.data.sample import sample
+from twelve.data.tokenizer import CONTROL, MIN_VOCAB_SIZE, TAGS, Tokenizer
 from twelve.errors import InputError
 
 TEXTS = [
@@ -111,7 +112,7 @@ def test_training_reads_a_stream_and_keeps_an_even_sample():
     assert 1000 < len(kept) <= 2000
     thirds = [sum(low <= number < low + 5000 for number in kept) / len(kept) for low in range(0, 20_000, 5000)]
     assert all(0.2 < share < 0.3 for share in thirds)
-    assert sample(["a<|im_end|>b<think>c"], 100) == ["a", "b", "c"]  # as encode will cut it
+    assert sample(["a<|im_end|>b<think>c"], 100, CONTROL + TAGS) == ["a", "b", "c"]  # as encode will cut it
 
 
 def test_transformers_agrees(tokenizer, folder):

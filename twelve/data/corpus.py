@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from twelve.data import chat
 from twelve.data.reader import STDIN, Document, Report, find_files, read_documents, save_stdin
-from twelve.data.shards import FORMAT, KINDS, META, Batch, PackedData
+from twelve.data.shards import FORMAT, KINDS, META, Batch, PackedData, Writer
 from twelve.data.tokenizer import Tokenizer, check_vocab_size
 from twelve.errors import InputError
 from twelve.files import FolderLock, free_bytes, read_json, sha256, write_json
@@ -174,7 +172,7 @@ def _write(
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     end = [] if tokenizer.end_id is None else [tokenizer.end_id]
     with ExitStack() as stack:
-        text, talk = (stack.enter_context(_Writer(out, kind, dtype, shard_tokens, digest)) for kind in KINDS)
+        text, talk = (stack.enter_context(Writer(out, kind, dtype, shard_tokens, digest)) for kind in KINDS)
         bar = stack.enter_context(_Bar(report, progress))
         start = tokenizer.start_ids  # before a document, not before its later pieces
         for batch in _batches(read_documents(paths, report)):
@@ -234,7 +232,7 @@ def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[
         yield [(text.encode("utf-8", "replace"), next(ids), spoken) for text, spoken in segments]
 
 
-def _add_conversation(writer: _Writer, segments: list[Segment]) -> bool:
+def _add_conversation(writer: Writer, segments: list[Segment]) -> bool:
     """Write a conversation up to its last spoken segment; False if there is none."""
     while segments and not segments[-1][2]:
         segments.pop()
@@ -244,54 +242,6 @@ def _add_conversation(writer: _Writer, segments: list[Segment]) -> bool:
     if segments:
         writer.end_document()
     return bool(segments)
-
-
-class _Writer:
-    """Context manager: appends documents of one kind to its shards. Files are made when there is something to write."""
-
-    def __init__(self, folder: Path, kind: str, dtype: str, shard_tokens: int, digest):
-        self.folder, self.kind, self.dtype, self.shard_tokens, self.digest = folder, kind, dtype, shard_tokens, digest
-        self.documents = self.tokens = self.bytes = 0
-        self._sizes: list[int] = []  # tokens of each shard
-        self._files: dict[str, BinaryIO] = {}
-
-    def add(self, ids: list[int], spoken: int = 1) -> None:
-        if not self._sizes or self._sizes[-1] >= self.shard_tokens:
-            self._close("tokens", "mask")
-            self._sizes.append(0)
-        shard = f"{self.kind}-{len(self._sizes) - 1:05}"
-        self._append("tokens", shard, np.array(ids, self.dtype))
-        if self.kind == "chat":
-            self._append("mask", shard, np.full(len(ids), spoken, np.uint8))
-        self._sizes[-1] += len(ids)
-        self.tokens += len(ids)
-
-    def end_document(self) -> None:
-        self.documents += 1
-        self._append("ends", self.kind, np.array([self.tokens], np.int64))
-
-    def counts(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self._sizes}
-
-    def _append(self, suffix: str, stem: str, content: np.ndarray) -> None:
-        if suffix not in self._files:
-            self._files[suffix] = open(self.folder / f"{stem}.{suffix}", "wb")  # noqa: SIM115 closed in _close
-        data = content.tobytes()
-        self._files[suffix].write(data)
-        self.digest.update(data)
-
-    def _close(self, *suffixes: str) -> None:
-        for suffix in suffixes:
-            if file := self._files.pop(suffix, None):
-                with file:
-                    file.flush()
-                    os.fsync(file.fileno())  # meta.json, written later, vouches for it
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close("tokens", "mask", "ends")
 
 
 class _Bar:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from twelve.data.blocks import read_blocks
 from twelve.data.chat import check_messages
 from twelve.errors import InputError
 
@@ -235,6 +234,18 @@ def _lines(path: Path, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, b"".join(parts)
 
 
+def _blocks(path: Path, report: Report) -> Iterator[bytes]:
+    before = report.position
+    if str(path) == STDIN:
+        while block := sys.stdin.buffer.read(PIECE):
+            report.position += len(block)
+            yield block
+        return
+    for block, position in read_blocks(path, PIECE):
+        report.position = before + position
+        yield block
+
+
 def save_stdin(folder: Path) -> Path:
     """Copy standard input into a file in `folder`, which says by its name how to read it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,72 +255,3 @@ def save_stdin(folder: Path) -> Path:
         file.write(first)
         shutil.copyfileobj(sys.stdin.buffer, file)
     return path
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-def _blocks(path: Path, report: Report) -> Iterator[bytes]:
-    """Decompressed blocks of about PIECE bytes; `report.position` follows in the file as it is stored."""
-    before = report.position
-    if str(path) == STDIN:
-        while block := sys.stdin.buffer.read(PIECE):
-            report.position += len(block)
-            yield block
-        return
-    try:
-        with open(path, "rb") as raw:
-            for block in _decompressed(raw, path.suffix.lower()):
-                report.position = before + raw.tell()
-                yield block
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
-    if suffix == ".zst":
-        yield from _zstd(raw)
-        return
-    file = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw
-    while block := file.read(PIECE):
-        yield block
-
-
-def _zstd(raw: BinaryIO) -> Iterator[bytes]:
-    """EOFError for a file that is cut short, or is no zstd at all."""
-    try:
-        from compression import zstd  # Python 3.14 and later
-    except ImportError:
-        yield from _zstandard(raw)
-        return
-    try:
-        with zstd.open(raw) as file:
-            while block := file.read(PIECE):
-                yield block
-    except zstd.ZstdError as error:
-        raise EOFError(error) from error
-
-
-def _zstandard(raw: BinaryIO) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise InputError(f"{raw.name}: reading .zst needs a package: pip install 'twelve[zst]'") from error
-    # frame by frame: the package's own file objects take a file that is cut short for a whole one
-    decompressor, frame, parts = zstandard.ZstdDecompressor(), None, []
-    try:
-        while chunk := raw.read(4096):  # small, since there is no other limit to what comes out at once
-            while chunk:
-                frame = frame or decompressor.decompressobj()
-                parts.append(frame.decompress(chunk))
-                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-            if sum(map(len, parts)) >= PIECE:
-                yield b"".join(parts)
-                parts = []
-    except zstandard.ZstdError as error:
-        raise EOFError(error) from error
-    if frame is not None:
-        raise EOFError("the last frame has no end")
-    yield b"".join(parts)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -62,6 +63,54 @@ class Shards:
                 break
             parts.append(maps[shard][max(0, start - begin) : stop - begin])
         return np.concatenate(parts)
+
+
+class Writer:
+    """Context manager: appends documents of one kind to its shards. Files are made when there is something to write."""
+
+    def __init__(self, folder: Path, kind: str, dtype: str, shard_tokens: int, digest):
+        self.folder, self.kind, self.dtype, self.shard_tokens, self.digest = folder, kind, dtype, shard_tokens, digest
+        self.documents = self.tokens = self.bytes = 0
+        self._sizes: list[int] = []  # tokens of each shard
+        self._files: dict[str, BinaryIO] = {}
+
+    def add(self, ids: list[int], spoken: int = 1) -> None:
+        if not self._sizes or self._sizes[-1] >= self.shard_tokens:
+            self._close("tokens", "mask")
+            self._sizes.append(0)
+        shard = f"{self.kind}-{len(self._sizes) - 1:05}"
+        self._append("tokens", shard, np.array(ids, self.dtype))
+        if self.kind == "chat":
+            self._append("mask", shard, np.full(len(ids), spoken, np.uint8))
+        self._sizes[-1] += len(ids)
+        self.tokens += len(ids)
+
+    def end_document(self) -> None:
+        self.documents += 1
+        self._append("ends", self.kind, np.array([self.tokens], np.int64))
+
+    def counts(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self._sizes}
+
+    def _append(self, suffix: str, stem: str, content: np.ndarray) -> None:
+        if suffix not in self._files:
+            self._files[suffix] = open(self.folder / f"{stem}.{suffix}", "wb")  # noqa: SIM115 closed in _close
+        data = content.tobytes()
+        self._files[suffix].write(data)
+        self.digest.update(data)
+
+    def _close(self, *suffixes: str) -> None:
+        for suffix in suffixes:
+            if file := self._files.pop(suffix, None):
+                with file:
+                    file.flush()
+                    os.fsync(file.fileno())  # meta.json, written later, vouches for it
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close("tokens", "mask", "ends")
 
 
 class PackedData:

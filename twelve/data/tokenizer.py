@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from twelve.data.chat import TEMPLATE
+from twelve.data.sample import sample, valid
 from twelve.errors import InputError
 from twelve.files import atomic_write, read_json, write_json
 
@@ -25,7 +24,6 @@ MIN_VOCAB_SIZE = 256 + len(CONTROL) + len(TAGS)
 # special tokens that end an answer or a text in the models people load; a folder's own eos is added to these
 KNOWN_ENDS = (END_OF_TEXT, TURN_END, "<|end_of_text|>", "<|eot_id|>")
 SAMPLE_BYTES_PER_ENTRY = 2048
-PIECE = 1 << 14  # characters; the unit of sampling
 
 
 class Tokenizer:
@@ -90,7 +88,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=progress,
         )
-        kept = sample(texts, sample_bytes or SAMPLE_BYTES_PER_ENTRY * vocab_size, progress)
+        kept = sample(texts, sample_bytes or SAMPLE_BYTES_PER_ENTRY * vocab_size, CONTROL + TAGS, progress)
         backend.train_from_iterator(kept, trainer)
         content = json.loads(backend.to_str())
         for token in content["added_tokens"]:  # the trainer declares all of them special
@@ -185,11 +183,11 @@ class Tokenizer:
 
     def encode(self, text: str, control: bool = True) -> list[int]:
         """Token ids; nothing is added at either end. Half a surrogate pair, which is no character, becomes U+FFFD."""
-        return self._reader(control).encode(_valid(text), add_special_tokens=False).ids
+        return self._reader(control).encode(valid(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str], control: bool = True) -> list[list[int]]:
         """`encode` for many texts, on all cores (RAYON_NUM_THREADS limits them)."""
-        batch = [_valid(text) for text in texts]
+        batch = [valid(text) for text in texts]
         return [one.ids for one in self._reader(control).encode_batch_fast(batch, add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
@@ -242,46 +240,6 @@ def check_vocab_size(vocab_size: int) -> None:
             f"a vocabulary of {vocab_size} is too small: it needs {MIN_VOCAB_SIZE} entries, 256 for the bytes and "
             f"{MIN_VOCAB_SIZE - 256} for control tokens and tags"
         )
-
-
-def sample(texts: Iterable[str], limit: int, progress: bool = False) -> list[str]:
-    """An even, repeatable sample of at most `limit` UTF-8 bytes, cut where control tokens and tags will be.
-
-    Every piece gets a random rank; whenever the pieces kept outgrow the limit, those of high rank go. So any part of
-    a stream of unknown length is as likely kept as any other, and memory stays bounded.
-    """
-    draw = random.Random(0).random
-    outside = re.compile("|".join(map(re.escape, CONTROL + TAGS)))
-    kept: list[tuple[float, int, str]] = []  # rank, bytes, text
-    highest, total = 1.0, 0
-    with tqdm(desc="read for the tokenizer", unit="B", unit_scale=True, disable=not progress) as bar:
-        for text in texts:
-            for piece in _pieces(_valid(text), outside):
-                size = len(piece.encode())
-                bar.update(size)
-                rank = draw()
-                if rank >= highest:
-                    continue
-                kept.append((rank, size, piece))
-                total += size
-                while total > limit:
-                    highest *= 0.8
-                    kept = [entry for entry in kept if entry[0] < highest]
-                    total = sum(entry[1] for entry in kept)
-    return [piece for _, _, piece in kept]
-
-
-def _pieces(text: str, outside: re.Pattern[str]) -> Iterator[str]:
-    for part in outside.split(text):
-        yield from (part[at : at + PIECE] for at in range(0, len(part), PIECE))
-
-
-def _valid(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _byte_characters() -> dict[str, int]:
