@@ -32,12 +32,12 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 TEMPLATE = """\
 {%- set last = namespace(question=-1) %}
 {%- for message in messages %}
-    {%- if message.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}
+    {%- if message['role'] == 'user' %}{% set last.question = loop.index0 %}{% endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- set content = message.content or '' %}
-    {%- set reasoning = message.reasoning_content or message.reasoning or '' %}
-    {%- if message.role == 'assistant' %}
+    {%- set content = message['content'] or '' %}
+    {%- set reasoning = message['reasoning_content'] or message['reasoning'] or '' %}
+    {%- if message['role'] == 'assistant' %}
         {%- if content.startswith('<think>') and '</think>' in content %}
             {%- set reasoning = content.split('</think>')[0][7:] %}
             {%- set content = content[7 + reasoning|length + 8:] %}
@@ -48,7 +48,7 @@ TEMPLATE = """\
             {%- set content = content.lstrip() %}
         {%- endif %}
     {%- endif %}
-    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message['role'] + '\\n' + content + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}

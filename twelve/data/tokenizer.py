@@ -84,6 +84,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
+            max_token_length=48,  # bytes; no entry is spent on a ruler of a hundred dashes
             special_tokens=[*CONTROL, *TAGS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=progress,
@@ -191,12 +192,12 @@ class Tokenizer:
         return [one.ids for one in self._reader(control).encode_batch_fast(batch, add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes; `decode_bytes` gives the same bytes back (but for what a foreign tokenizer normalises).
-        What is no UTF-8 goes byte by byte, and control tokens are spelled out."""
+        """Ids of any bytes, from which `decode_bytes` makes the same bytes: what is no UTF-8 goes byte by byte, and
+        control tokens are spelled out. Foreign tokenizers may normalise text, or lack some bytes and leave them out."""
         ids = []
         for part in re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape")):
             escaped = len(part) == 1 and "\udc80" <= part <= "\udcff"
-            ids += [self._byte_ids[ord(part) - 0xDC00]] if escaped else self.encode(part, control=False)
+            ids += self._byte_ids[ord(part) - 0xDC00] if escaped else self.encode(part, control=False)
         return ids
 
     # --- ids to text --------------------------------------------------------------------------------------------------
@@ -220,8 +221,10 @@ class Tokenizer:
         return table
 
     @cached_property
-    def _byte_ids(self) -> list[int]:
-        return [self.id_of(character) for character in sorted(BYTE_OF, key=BYTE_OF.get)]
+    def _byte_ids(self) -> list[list[int]]:
+        """Byte -> the one token that is this byte alone; SmolLM2, for one, lacks 21 of them."""
+        found = (self.id_of(character) for character in sorted(BYTE_OF, key=BYTE_OF.get))
+        return [[] if token is None else [token] for token in found]
 
     def _reader(self, control: bool) -> tokenizers.Tokenizer:
         return self._backend if control else self._plain
