@@ -27,7 +27,7 @@ from twelve.train.pretrain import pretrain
 
 LANGUAGES = {"en": "English", "ko": "Korean"}
 LEVELS = (1, 2, 3, 4)
-ASKED = 20  # held-out problems for each task, language and level
+ASKED = 25  # held-out problems for each task, language and level
 SOLVED = 12_000  # problems in the corpus for a minute of training
 MODEL = {
     "vocab_size": 512, "width": 128, "layers": 4, "experts": 8, "experts_per_token": 2, "mtp": 1, "context": 256,
@@ -36,7 +36,7 @@ MODEL = {
 
 
 def demo(
-    out: str | Path = "runs/demo", minutes: float = 4.5, seed: int = 0, device: str | None = None
+    out: str | Path = "runs/demo", minutes: float = 5.0, seed: int = 0, device: str | None = None
 ) -> dict[str, Any]:
     """Train for `minutes` and measure; writes model/, report.html and summary.json into the folder `out`.
 
@@ -138,7 +138,10 @@ def _print(cells: list[Accuracy]) -> None:
 
 
 def _write_report(path: Path, summary: dict[str, Any], cells: list[Accuracy]) -> None:
-    by_language = {name: _percent(summary["accuracy_by_language"][code]) for code, name in LANGUAGES.items()}
+    tiles = {}
+    for code, name in LANGUAGES.items():
+        accuracy, _, error = _percent(summary["accuracy_by_language"][code]).partition(" ")
+        tiles[f"{name}, {error}"] = accuracy
     bars = {}
     for language, name in LANGUAGES.items():
         for level in LEVELS:
@@ -157,9 +160,8 @@ def _write_report(path: Path, summary: dict[str, Any], cells: list[Accuracy]) ->
     machine = f"{platform.system()} {platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     result = [
         report.tiles({
-            "English": by_language["English"], "Korean": by_language["Korean"], "parameters": summary["parameters"],
-            "active a token": summary["active_parameters"], "tokens read": summary["tokens"],
-            "s of training": summary["training_seconds"],
+            **tiles, "parameters": summary["parameters"], "active a token": summary["active_parameters"],
+            "tokens read": summary["tokens"], "seconds of training": round(summary["training_seconds"]),
         }),
         report.bars("Accuracy on held-out problems", bars, "greedy; ± one standard error", high=1.0),
         report.text(
