@@ -99,7 +99,11 @@ def test_lock_makes_the_folder_and_leaves_none_behind(tmp_path):
     folder = tmp_path / "runs" / "x"
     with files.FolderLock(folder):
         assert (folder / ".lock").read_text().strip() == str(os.getpid())
-    assert not folder.exists()
+    assert names(tmp_path) == []
+    folder.mkdir(parents=True)
+    with files.FolderLock(folder):
+        pass
+    assert folder.exists()  # it was there before
     with files.FolderLock(folder):
         (folder / "kept").touch()
     assert names(folder) == ["kept"]

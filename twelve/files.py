@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,14 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from twelve.errors import InputError
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, put what was written there in place of `path`.
 
@@ -63,15 +63,17 @@ class FolderLock:
     """Context manager: this process is the only writer of `folder`, which is made when it does not exist yet.
 
     The lock is the kernel's (flock), so it ends with its process, however that ends. InputError when another process
-    holds it. On leaving, the lock file goes, and so does the folder if it is empty.
+    holds it. On leaving, the lock file goes, and so do the folders that it made and that nobody filled.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.path = self.folder / ".lock"
         self._descriptor = -1
+        self._made: list[Path] = []
 
     def __enter__(self) -> FolderLock:
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -96,10 +98,9 @@ class FolderLock:
 
     def __exit__(self, *exception: object) -> None:
         self.path.unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError:  # not empty: the usual case
-            pass
+        with contextlib.suppress(OSError):  # not empty: the usual case
+            for folder in self._made:
+                folder.rmdir()
         os.close(self._descriptor)
 
     def _is_current(self, descriptor: int) -> bool:

@@ -321,6 +321,10 @@ def test_standard_input_is_read_once_and_gives_the_same(tmp_path, texts, stdin, 
     assert PackedData(tmp_path / "pipe").sha256 == PackedData(tmp_path / "file").sha256
     assert PackedData(tmp_path / "pipe").tokens == made["tokens"]
     assert not (tmp_path / "pipe" / ".stdin").exists()
+    stdin(b'{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(InputError, match="^standard input:2: `text` is int"):
+        tokenize(["-"], tmp_path / "bad", vocab_size=300, progress=False)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_shards_of_any_size_hold_the_same(tmp_path, texts, chats, tokenizer, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from twelve import tasks
 from twelve.data.tokenizer import Tokenizer
-from twelve.engine import Completion
+from twelve.engine import Completion, ContextLengthError
 from twelve.errors import InputError
 from twelve.evaluate import accuracy, task_accuracy
 
@@ -65,6 +65,15 @@ def test_draws_differ_between_problems_and_repeat_with_the_seed(tokenizer):
         task_accuracy(engine, tokenizer, "arithmetic", "en", 1, 5, seed=3, temperature=1.0)
         seeds.append([request.seed for request in engine.requests])
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 5
+
+
+def test_a_problem_that_does_not_fit_the_context_counts_as_wrong(tokenizer):
+    class Short:
+        def generate(self, requests):
+            raise ContextLengthError("too long")
+
+    found = task_accuracy(Short(), tokenizer, "arithmetic", "en", 2, 3)
+    assert (found.asked, found.score, found.cut_short, found.tokens) == (3, 0, 3, 0)
 
 
 def test_a_small_level_may_have_fewer_problems_than_asked_for(tokenizer):

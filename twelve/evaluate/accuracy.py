@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from twelve import tasks
 from twelve.data.chat import encode_prompt, split_reasoning
-from twelve.engine import Engine, Request, sub_seed
+from twelve.engine import Completion, ContextLengthError, Engine, Request, sub_seed
 from twelve.errors import InputError
 
 KEPT_SAMPLES = 8
@@ -27,7 +27,7 @@ class Accuracy:
     level: int
     asked: int
     score: float  # sum over problems; each counts from 0 to 1
-    cut_short: int  # answers that ran into `max_tokens`
+    cut_short: int  # answers that ran into `max_tokens` or the model's context
     tokens: int  # drawn for the answers
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -63,7 +63,10 @@ def task_accuracy(
     for index, problem in enumerate(tqdm(asked, desc=f"{task} {language} {level}", unit="problem", leave=False)):
         prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem.question}])
         request = Request(prompt, max_tokens, temperature, seed=sub_seed(seed, index))
-        [answer] = engine.generate([request])
+        try:
+            [answer] = engine.generate([request])
+        except ContextLengthError:  # the model cannot even read it
+            answer = Completion("", [], [], "length", len(prompt))
         score = scorer.score(problem, answer.text)
         result.score += score
         result.cut_short += answer.finish_reason == "length"
