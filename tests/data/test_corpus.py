@@ -235,6 +235,18 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(tmp_path, tokenizer, n
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_left_out_is_told(tmp_path, chats, tokenizer, capsys):
+    write(tmp_path / "in" / "a-train.jsonl", chats.read_bytes())
+    write(tmp_path / "in" / "a-val.jsonl", chats.read_bytes())
+    write(tmp_path / "in" / "b.txt", KOREAN.encode() + b"\xff\xff")
+    tokenize([tmp_path / "in"], tmp_path / "out", tokenizer)
+    said = capsys.readouterr().err
+    assert f"held out for validation: {tmp_path / 'in' / 'a-val.jsonl'}" in said
+    assert "skipped 2 bytes that are no UTF-8" in said
+    assert "left out 1 conversations" in said
+    assert "MB/s of text" in said
+
+
 def test_missing_paths(tmp_path, tokenizer):
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         tokenize([tmp_path / "nowhere"], tmp_path / "out", tokenizer)

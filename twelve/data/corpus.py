@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -80,6 +82,8 @@ def tokenize(
                     raise InputError(f"no space left to write {out} ({free_bytes(out):,} bytes free)") from error
                 raise
             data = PackedData(out)
+            if progress:
+                _tell(data.meta)
     return {
         "folder": str(out),
         "vocabulary": data.meta["vocabulary"],
@@ -91,6 +95,16 @@ def tokenize(
         "seconds": time.monotonic() - started,
         "next": f"twelve pretrain {out}",
     }
+
+
+def _tell(meta: dict[str, Any]) -> None:
+    """What was left out, on standard error."""
+    if meta["held_out"]:
+        print(f"held out for validation: {', '.join(meta['held_out'])}", file=sys.stderr)
+    if meta["bad_bytes"]:
+        print(f"skipped {meta['bad_bytes']:,} bytes that are no UTF-8", file=sys.stderr)
+    if meta["unanswered"]:
+        print(f"left out {meta['unanswered']:,} conversations in which no assistant says anything", file=sys.stderr)
 
 
 def texts(documents: Iterable[Document]) -> Iterator[str]:
@@ -116,8 +130,11 @@ def _vocab_size_for(paths: Sequence[str | Path]) -> int:
 def _stdin_as_file(paths: Sequence[str | Path], out: Path) -> Iterator[list[str | Path]]:
     """`paths`, with a copy in place of standard input, which can be read only once; it lasts as long as the block."""
     folder = out / ".stdin"
+    copied = [save_stdin(folder) if str(path) == STDIN else path for path in paths]
     try:
-        yield [save_stdin(folder) if str(path) == STDIN else path for path in paths]
+        yield copied
+    except InputError as error:  # the copy will be gone when the message is read
+        raise InputError(re.sub(re.escape(str(folder)) + r"/stdin\.\w+", "standard input", str(error))) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -215,10 +215,11 @@ class Tokenizer:
         """Token id -> its bytes."""
         if "ByteLevel" not in repr(self._backend.decoder):
             raise InputError("this tokenizer is not byte-level BPE: its tokens have no bytes of their own")
-        table = {index: token.content.encode() for index, token in self._added.items()}
-        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
-            table.setdefault(index, bytes(BYTE_OF[character] for character in token))
-        return table
+        table = {
+            index: bytes(map(BYTE_OF.get, token)) if BYTE_OF.keys() >= set(token) else token.encode()
+            for token, index in self._backend.get_vocab(with_added_tokens=False).items()
+        }
+        return table | {index: token.content.encode() for index, token in self._added.items()}
 
     @cached_property
     def _byte_ids(self) -> list[list[int]]:
