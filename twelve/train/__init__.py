@@ -1,0 +1,1 @@
+"""What changes weights: one loop for pretraining and fine-tuning."""
