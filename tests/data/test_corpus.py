@@ -235,6 +235,14 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(tmp_path, tokenizer, n
     assert not (tmp_path / "out").exists()
 
 
+def test_zst_without_its_package(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt.zst", zstandard.compress(b"text"))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    with pytest.raises(InputError, match=r"pip install 'twelve\[zst\]'"):
+        list(read_documents([path]))
+
+
 def test_what_is_left_out_is_told(tmp_path, chats, tokenizer, capsys):
     write(tmp_path / "in" / "a-train.jsonl", chats.read_bytes())
     write(tmp_path / "in" / "a-val.jsonl", chats.read_bytes())

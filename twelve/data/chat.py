@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,7 @@ TEMPLATE = """\
 {%- endif %}
 """
 
-# Noncharacters, which no text holds: GUARD splits control tokens that a message spells out, END marks an answer's end
-GUARD, END = "\ufdd0", "\ufdd1"
+GUARD = "\ufdd0"  # a noncharacter, which no text holds: it splits the control tokens that a message spells out
 
 
 def render(tokenizer: Tokenizer, messages: list[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
@@ -99,25 +97,20 @@ def segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, i
     """
     messages = _guarded(tokenizer, check_messages(messages))
     whole = _render(tokenizer, messages, False, {})
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = _render(tokenizer, [_mark_end(message) for message in messages], False, {})
-    *answers, _ = marked.split(END)
-    if len(answers) != len(turns) or marked.replace(END, "") != whole:
-        raise InputError("the chat template does not show every answer as it is: no training on its conversations")
-    stop = re.compile("|".join(re.escape(token) for token in sorted(_stop_tokens(tokenizer))) or "(?!)")
     pieces: list[tuple[str, int]] = []
-    done = end = 0
-    for index, answer in zip(turns, answers, strict=True):
-        prompt = _render(tokenizer, messages[:index], True, {})
-        end += len(answer)
-        closing = stop.search(whole, end)
-        if not whole.startswith(prompt) or not done <= len(prompt) <= end:
+    done = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        begin = len(prompt := _render(tokenizer, messages[:index], True, {}))
+        if begin < done or not whole.startswith(prompt):
             raise InputError(f"messages[{index}]: the chat template does not write this answer after its own prompt")
-        if closing is None or (whole[end : closing.start()].strip() and "tool_calls" not in messages[index]):
+        closing = tokenizer.stop_pattern.search(whole, begin)  # an answer itself holds none: they are guarded
+        if closing is None:
             raise InputError(f"messages[{index}]: the chat template does not end this answer with a stop token")
-        spoken = whole[len(prompt) : closing.end()]
-        reasoning = _reasoning(messages[index]).strip()
-        pieces += [(whole[done : len(prompt)], 0), (spoken, int(reasoning in spoken))]
+        spoken = whole[begin : closing.end()]
+        reasoning = _reasoning(message).strip()
+        pieces += [(whole[done:begin], 0), (spoken, int(reasoning in spoken))]
         done = closing.end()
     pieces.append((whole[done:], 0))
     return [(part, spoken) for text, spoken in pieces for part in text.split(GUARD) if part]
@@ -217,23 +210,12 @@ def _reasoning(message: Message) -> str:
     return message.get("reasoning_content") or split_reasoning(message["content"])[0]
 
 
-def _mark_end(message: Message) -> Message:
-    if message["role"] != "assistant":
-        return message
-    content = message["content"]
-    end = len(content.rstrip())  # before trailing blanks: some templates strip them
-    return message | {"content": content[:end] + END + content[end:]}
-
-
-def _stop_tokens(tokenizer: Tokenizer) -> set[str]:
-    return {tokenizer.decode([index], skip_special=False) for index in tokenizer.stop_ids} - {""}
-
-
 def _guarded(tokenizer: Tokenizer, value: Any) -> Any:
     """The same messages with GUARD inside every control token that they spell out."""
     if isinstance(value, str):
-        value = value.replace(GUARD, "").replace(END, "")
-        return tokenizer.control_pattern.sub(lambda found: found[0][:1] + GUARD + found[0][1:], value)
+        return tokenizer.control_pattern.sub(
+            lambda found: found[0][:1] + GUARD + found[0][1:], value.replace(GUARD, "")
+        )
     if isinstance(value, list):
         return [_guarded(tokenizer, item) for item in value]
     if isinstance(value, dict):

@@ -195,13 +195,15 @@ def _write(
         for batch in _batches(read_documents(paths, report)):
             pieces = [document for document in batch if document.text is not None]
             for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], control=False), strict=True):
-                text.add([*start, *ids, *([] if piece.more else end)])
-                text.bytes += len(piece.text.encode())
+                text.add([*start, *ids, *([] if piece.more else end)], len(piece.text.encode()))
                 start = [] if piece.more else tokenizer.start_ids
                 if not piece.more:
                     text.end_document()
-            for segments in _conversations([document for document in batch if document.text is None], tokenizer):
-                unanswered += not _add_conversation(talk, segments)
+            for ids, mask, size in _conversations([d for d in batch if d.text is None], tokenizer):
+                unanswered += not ids
+                if ids:
+                    talk.add(ids, size, mask)
+                    talk.end_document()
             bar.show(text.bytes + talk.bytes)
     if not text.tokens + talk.tokens:
         raise InputError(f"nothing to learn from: {unanswered} conversations, in which no assistant says anything")
@@ -233,32 +235,27 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-Segment = tuple[bytes, list[int], int]  # text, its tokens, 1 if the assistant says it
+def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int], int]]:
+    """The tokens of each conversation up to the last that the assistant says, their mask, and the bytes of their text.
 
-
-def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[list[Segment]]:
-    """The segments of each conversation, all encoded in one call."""
+    All are encoded in one call. Nothing but empty lists where the assistant says nothing.
+    """
     parts = []
     for document in documents:
         try:
             parts.append(chat.segments(tokenizer, document.messages))
         except InputError as error:
             raise InputError(f"{document.source}: {error}") from error
-    ids = iter(tokenizer.encode_batch([text for segments in parts for text, _ in segments]))
+        while parts[-1] and not parts[-1][-1][1]:
+            parts[-1].pop()
+    encoded = iter(tokenizer.encode_batch([text for segments in parts for text, _ in segments]))
     for segments in parts:
-        yield [(text.encode("utf-8", "replace"), next(ids), spoken) for text, spoken in segments]
-
-
-def _add_conversation(writer: Writer, segments: list[Segment]) -> bool:
-    """Write a conversation up to its last spoken segment; False if there is none."""
-    while segments and not segments[-1][2]:
-        segments.pop()
-    for text, ids, spoken in segments:
-        writer.add(ids, spoken)
-        writer.bytes += len(text)
-    if segments:
-        writer.end_document()
-    return bool(segments)
+        ids, mask, size = [], [], 0
+        for text, spoken in segments:
+            ids += (tokens := next(encoded))
+            mask += [spoken] * len(tokens)
+            size += len(text.encode("utf-8", "replace"))
+        yield ids, mask, size
 
 
 class _Bar:

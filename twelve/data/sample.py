@@ -18,7 +18,7 @@ def sample(texts: Iterable[str], limit: int, outside: Collection[str] = (), prog
     a stream of unknown length is as likely kept as any other, and memory stays bounded.
     """
     draw = random.Random(0).random
-    divider = re.compile("|".join(map(re.escape, outside)) or "(?!)")
+    divider = any_of(outside)
     kept: list[tuple[float, int, str]] = []  # rank, bytes, text
     highest, total = 1.0, 0
     with tqdm(desc="read for the tokenizer", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -50,3 +50,9 @@ def valid(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def any_of(words: Collection[str]) -> re.Pattern[str]:
+    """Finds any of the words, the longest where several begin at one place."""
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

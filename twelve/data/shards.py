@@ -74,16 +74,18 @@ class Writer:
         self._sizes: list[int] = []  # tokens of each shard
         self._files: dict[str, BinaryIO] = {}
 
-    def add(self, ids: list[int], spoken: int = 1) -> None:
+    def add(self, ids: list[int], size: int, mask: list[int] | None = None) -> None:
+        """Append tokens that stand for `size` bytes of text; chats say with `mask` which of them are to be learnt."""
         if not self._sizes or self._sizes[-1] >= self.shard_tokens:
             self._close("tokens", "mask")
             self._sizes.append(0)
         shard = f"{self.kind}-{len(self._sizes) - 1:05}"
         self._append("tokens", shard, np.array(ids, self.dtype))
-        if self.kind == "chat":
-            self._append("mask", shard, np.full(len(ids), spoken, np.uint8))
+        if mask is not None:
+            self._append("mask", shard, np.array(mask, np.uint8))
         self._sizes[-1] += len(ids)
         self.tokens += len(ids)
+        self.bytes += size
 
     def end_document(self) -> None:
         self.documents += 1

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from twelve.data.chat import TEMPLATE
-from twelve.data.sample import sample, valid
+from twelve.data.sample import any_of, sample, valid
 from twelve.errors import InputError
 from twelve.files import atomic_write, read_json, write_json
 
@@ -153,9 +153,13 @@ class Tokenizer:
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Finds control tokens in text, the longest first."""
-        longest_first = sorted(self.control_tokens, key=lambda token: (-len(token), token))
-        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        """Finds control tokens in text."""
+        return any_of(self.control_tokens)
+
+    @cached_property
+    def stop_pattern(self) -> re.Pattern[str]:
+        """Finds tokens that end an answer, as text."""
+        return any_of({self.decode([index], skip_special=False) for index in self.stop_ids} - {""})
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
