@@ -59,7 +59,7 @@ def tokenize(
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.load(tokenizer)
     find_files(paths)  # a wrong path makes no folder
-    with FolderLock(out), _stdin_as_file(paths, out) as paths:
+    with FolderLock(out), _full_disk_told(out), _stdin_as_file(paths, out) as paths:
         request = {
             "format": FORMAT,
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
@@ -76,10 +76,8 @@ def tokenize(
                     source["sha256"] = sha256(source["path"])
                 tokenizer.save(out)
                 write_json(out / META, meta | {"request": request})
-            except BaseException as error:
+            except BaseException:
                 _clear(out)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise InputError(f"no space left to write {out} ({free_bytes(out):,} bytes free)") from error
                 raise
             data = PackedData(out)
             if progress:
@@ -123,6 +121,16 @@ def _vocab_size_for(paths: Sequence[str | Path]) -> int:
     return 4096 if size < 8e6 else 8192 if size < 1e9 else 16384 if size < 1e10 else 32768
 
 
+@contextmanager
+def _full_disk_told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"no space left to write {out} ({free_bytes(out):,} bytes free)") from error
+
+
 # --- what is there already --------------------------------------------------------------------------------------------
 
 
@@ -130,9 +138,8 @@ def _vocab_size_for(paths: Sequence[str | Path]) -> int:
 def _stdin_as_file(paths: Sequence[str | Path], out: Path) -> Iterator[list[str | Path]]:
     """`paths`, with a copy in place of standard input, which can be read only once; it lasts as long as the block."""
     folder = out / ".stdin"
-    copied = [save_stdin(folder) if str(path) == STDIN else path for path in paths]
     try:
-        yield copied
+        yield [save_stdin(folder) if str(path) == STDIN else path for path in paths]
     except InputError as error:  # the copy will be gone when the message is read
         raise InputError(re.sub(re.escape(str(folder)) + r"/stdin\.\w+", "standard input", str(error))) from error
     finally:
