@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from twelve import report, tasks
-from twelve.convert import load
+from twelve.convert import load, load_config
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.evaluate import Accuracy, task_accuracy
 from twelve.files import FolderLock, atomic_write, read_json, write_json
+from twelve.model import count_parameters
 from twelve.train.plan import Plan
 from twelve.train.pretrain import pretrain
 
@@ -29,6 +30,7 @@ LANGUAGES = {"en": "English", "ko": "Korean"}
 LEVELS = (1, 2, 3, 4)
 ASKED = 25  # held-out problems for each task, language and level
 SOLVED = 12_000  # problems in the corpus for a minute of training
+METRICS = Path("training", "metrics.jsonl")  # in the model folder
 MODEL = {
     "vocab_size": 512, "width": 128, "layers": 4, "experts": 8, "experts_per_token": 2, "mtp": 1, "context": 256,
     "batch": 16, "learning_rate": 4e-3,
@@ -81,15 +83,17 @@ def write_problems(path: Path, count: int, seed: int) -> None:
 
 def train(problems: Path, model: Path, minutes: float, seed: int, device: str | None) -> dict[str, Any]:
     """Train, or go on, or find that it was done; the figures of the run."""
-    figures = model / "training" / "figures.json"
     plan = Plan.load(model)
-    if plan is not None and plan.complete and figures.exists():
+    if plan is not None and plan.complete:
         print(f"model     {model} is trained already")
-        return read_json(figures)
-    trained = pretrain([str(problems)], model, minutes=minutes, seed=seed, device=device, **MODEL)
-    trained = {name: value for name, value in trained.items() if isinstance(value, int | float)}
-    write_json(figures, trained)
-    return trained
+    else:
+        pretrain([str(problems)], model, minutes=minutes, seed=seed, device=device, **MODEL)
+    sizes = count_parameters(load_config(model), mtp=True)
+    last = report.read_metrics(model / METRICS)[-1]
+    return {
+        "parameters": sizes["total"], "active_parameters": sizes["active"], "steps": last["step"],
+        "tokens": last["tokens"], "training_seconds": last["seconds"], "loss": last["loss"],
+    }  # fmt: skip
 
 
 def measure(model: Path, seed: int, device: str | None) -> list[Accuracy]:
@@ -169,7 +173,7 @@ def _write_report(path: Path, summary: dict[str, Any], cells: list[Accuracy]) ->
             "corpus, in either language or task. This accuracy says nothing about other kinds of reasoning."
         ),
     ]  # fmt: skip
-    metrics = report.read_metrics(path.parent / "model" / "training" / "metrics.jsonl")
+    metrics = report.read_metrics(path.parent / "model" / METRICS)
     run = {"command": f"twelve demo --minutes {summary['minutes']:g} --seed {summary['seed']}", "machine": machine}
     sections = [
         ("Result", result),
