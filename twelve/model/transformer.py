@@ -115,7 +115,7 @@ class Transformer(nn.Module):
 
         Raises InputError where torch finds no compiler.
         """
-        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        if self.device.type == "cpu" and not has_compiler():
             raise InputError("--compile needs a C++ compiler (g++) on this machine: install one, or leave it out")
         for layer in self.layers:
             layer.compile()
@@ -213,6 +213,11 @@ class Transformer(nn.Module):
             losses.balance = torch.stack([routing.balance for routing in routings]).mean()
             losses.total = losses.total + balance_weight * losses.balance
         return losses
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler for CPU code."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def count_parameters(config: ModelConfig, mtp: bool = False) -> dict[str, int]:

@@ -37,7 +37,9 @@ class Trainer:
 
     def __init__(self, model: Transformer, batches: Callable[[int], Any], plan: Plan, folder: Path) -> None:
         self.model, self.batches, self.plan, self.folder = model.train(), batches, plan, folder
-        self.optimizer = MuonAdamW(model, weight_decay=plan.weight_decay, muon=plan.muon)
+        self.optimizer = MuonAdamW(
+            model, weight_decay=plan.weight_decay, muon=plan.muon, adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0
+        )
         self.parameters = list(model.parameters())
         self.routers = [layer.gate for layer in model.moe_layers()]
         self.step, self.seconds, self.tokens = 0, 0.0, 0

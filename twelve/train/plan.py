@@ -28,10 +28,11 @@ class Plan:
     precision: str  # "float32", or "bfloat16" for mixed precision
     compile: bool = False
     muon: bool = True
+    adamw_lr_scale: float = 3.0  # of the learning rate, for embedding, head, router and vectors (docs/lab.md)
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup: int = 20  # steps
-    decay_share: float = 0.3
+    decay_share: float = 0.4
     mtp_weight: tuple[float, float] = (0.3, 0.1)  # before and during the decay (V3 section 4.2)
     balance_weight: float = 1e-4
     bias_update_speed: float = 0.005  # V3's 0.001 is for 10,000s of steps; zero during the decay, as V3 ends
