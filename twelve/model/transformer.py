@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twelve.config import ModelConfig
 from twelve.errors import InputError
 from twelve.model.attention import GroupedQueryAttention, LatentAttention, LayerCache, Positions
+from twelve.model.decode import make_decoder
 from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
 from twelve.model.moe import Experts, MoE, Router, Routing
 from twelve.model.mtp import MTPModule, shift_targets
@@ -46,8 +47,9 @@ class Cache:
         like = model.embed_tokens.weight
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         self.layers = [LayerCache(batch_size, max_length, b.self_attn.cache_shapes(), like) for b in blocks]
-        self.max_length, self.length = max_length, 0
+        self.batch_size, self.max_length, self.length = batch_size, max_length, 0
         self.depth = len(model.layers)
+        self.decoder = make_decoder(model, self)  # runs single tokens, where it can
 
     @property
     def bytes_per_token(self) -> int:
@@ -171,6 +173,9 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if cache is not None and start + ids.shape[1] > cache.max_length:
             raise ValueError(f"{start} cached and {ids.shape[1]} new tokens do not fit a cache of {cache.max_length}")
+        if cache is not None and cache.decoder is not None and ids.numel() == 1 and not torch.is_grad_enabled():
+            cache.length += 1
+            return cache.decoder(ids.item(), start).view(1, 1, -1)
         x, _ = self.hidden(ids, self.positions(ids, start, positions, documents), cache)
         if cache is not None:
             cache.length += ids.shape[1]
