@@ -3,8 +3,8 @@
     python bench/train.py [--rounds 5] [--json FILE]
 
 Both sides: the same weights' shapes (about 16M parameters, 16 experts, 4 a token, width 256), 8 rows of 512 tokens,
-torch's fused AdamW, gradient clipping, float32 on CPU. transformers runs as it comes (SDPA attention, its default and its
-grouped expert implementation, the faster counts). Ours runs eager and compiled; compile time is stated, not counted.
+torch's fused AdamW, gradient clipping, float32 on CPU. transformers runs as it comes (SDPA attention, its default and
+its grouped expert implementation, the faster counts). Ours runs eager and compiled; compile time is told, not counted.
 The share of the peak counts model FLOPs only, against the best of three square products in the same run.
 """
 
@@ -59,18 +59,21 @@ def main() -> None:
             times[name].append(seconds(lambda side=side: side.step(ids)))
     theirs = min(statistics.median(t) for name, t in times.items() if name.startswith("transformers"))
     result: dict = {"peak_gflops": max(peaks), "train": {}, "decode": {}}
-    print(f"peak {max(peaks):.0f} GFLOP/s\n{'training':32}{'tokens/s':>10}{'spread':>16}{'of peak':>9}{'ratio':>7}{'first step':>12}")
+    print(f"peak {max(peaks):.0f} GFLOP/s\n{'training':32}{'tokens/s':>10}{'spread':>16}"
+          f"{'of peak':>9}{'ratio':>7}{'first step':>12}")  # fmt: skip
     for name, runs in times.items():
         middle, size = statistics.median(runs), ids.numel()
         row = {
             "tokens_per_second": size / middle, "slowest": size / max(runs), "fastest": size / min(runs),
-            "share_of_peak": flops * size / middle / 1e9 / max(peaks), "ratio": theirs / middle, "first_step": first[name],
+            "share_of_peak": flops * size / middle / 1e9 / max(peaks), "ratio": theirs / middle,
+            "first_step": first[name],
         }  # fmt: skip
         result["train"][name] = row
         print(f"{name:32}{row['tokens_per_second']:10,.0f}{row['slowest']:8,.0f}-{row['fastest']:<7,.0f}"
               f"{row['share_of_peak']:9.0%}{row['ratio']:7.2f}{row['first_step']:10.1f} s")  # fmt: skip
 
-    decoders = {"twelve": decode_ours(config), "transformers": decode_theirs(sides["transformers, experts eager"].model)}
+    peer = sides["transformers, experts eager"].model
+    decoders = {"twelve": decode_ours(config), "transformers": decode_theirs(peer)}
     speeds: dict[str, list[float]] = {name: [] for name in decoders}
     for decoder in decoders.values():
         decoder(8)
@@ -142,8 +145,8 @@ def decode_theirs(model):
 
     def decode(count: int) -> None:
         ids = torch.arange(16)[None]
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-                       pad_token_id=0)  # fmt: skip
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
+                       do_sample=False, pad_token_id=0)  # fmt: skip
 
     return decode
 

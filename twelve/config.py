@@ -1,4 +1,4 @@
-"""`ModelConfig`: one description of every model here, in transformers' own keys; presets are functions that return one."""
+"""`ModelConfig`: one description of every model here, in transformers' keys; presets are functions that return one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass
 class ModelConfig:
-    """Architecture of one model. Sizes are counts of elements; keys are transformers' (DeepSeek's where it has its own).
+    """Architecture of one model. Sizes count elements; keys are transformers' (DeepSeek's where it has its own).
 
     Raises `InputError` when built from values that do not fit together.
     """
@@ -101,7 +101,8 @@ class ModelConfig:
         rope_type = self.rope_parameters["rope_type"]
         need(rope_type in ROPE_TYPES, f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         need(rope_type == "default" or "factor" in self.rope_parameters, f"rope_type {rope_type!r} needs a factor")
-        need(self.rope_dim > 0 and self.rope_dim % 2 == 0, f"rotary dimension {self.rope_dim} must be even and positive")
+        even = self.rope_dim > 0 and self.rope_dim % 2 == 0
+        need(even, f"rotary dimension {self.rope_dim} must be even and positive")
         if self.is_mla:
             for key in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
                 need(getattr(self, key) > 0, f"{key} must be positive for latent attention")
@@ -126,11 +127,12 @@ class ModelConfig:
             )
             need(self.scoring_func in ("sigmoid", "softmax"), f"scoring_func {self.scoring_func!r} is not supported")
             methods = ("noaux_tc", "greedy", "group_limited_greedy")
-            need(self.topk_method in methods, f"topk_method {self.topk_method!r} is not supported: {', '.join(methods)}")
+            method = self.topk_method
+            need(method in methods, f"topk_method {method!r} is not supported: {', '.join(methods)}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """From a `config.json`, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_theta`, `rope_scaling`).
+        """From a `config.json` of transformers 5 (`rope_parameters`) or of an older one (`rope_theta`, `rope_scaling`).
 
         Keys that are not ours are ignored, except those that change the arithmetic: these raise `InputError`.
         """
@@ -140,7 +142,9 @@ class ModelConfig:
         if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
             raise InputError("config: sliding-window attention is not supported")
         if values.get("quantization_config"):
-            raise InputError("config: quantised weights (quantization_config) are not supported; use a BF16 or FP32 folder")
+            raise InputError(
+                "config: quantised weights (quantization_config) are not supported; use a BF16 or FP32 folder"
+            )
         rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
         rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))
@@ -160,7 +164,9 @@ class ModelConfig:
         values = asdict(self)
         dropped: set[str] = set()
         if not self.is_mla:
-            dropped |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+            dropped |= {
+                "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave",
+            }  # fmt: skip
         else:
             dropped |= {"head_dim"}
         if self.model_type not in ("deepseek_v2", "deepseek_v3"):
@@ -203,14 +209,14 @@ def deepseek_v2_lite() -> ModelConfig:
 
 
 def small_v3(
-    vocab_size: int, width: int = 256, layers: int = 6, experts: int = 16, experts_per_token: int = 4, context: int = 1024,
-    mtp: int = 0,
+    vocab_size: int, width: int = 256, layers: int = 6, experts: int = 16, experts_per_token: int = 4,
+    context: int = 1024, mtp: int = 0,
 ) -> ModelConfig:  # fmt: skip
     """V3's shape at any size, with one shared expert and a dense first layer as wide as a token's experts together.
 
-    Heads have 32 unrotated and 32 rotated elements and values of 64, so that the fused attention kernels, which want keys
-    and values of one width, need no padding. The latent and an expert are half as wide as the model. `experts=0` gives
-    dense layers only.
+    Heads have 32 unrotated and 32 rotated elements and values of 64, so that the fused attention kernels, which want
+    keys and values of one width, need no padding. The latent and an expert are half as wide as the model. `experts=0`
+    gives dense layers only.
     """
     if width % 64:
         raise InputError(f"width {width} must be a multiple of 64")

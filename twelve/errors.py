@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: what is wrong, where, and what to do. The command line prints it and exits with 2."""
+    """Bad input, told in one line: what is wrong, where, what to do. The command line prints it and exits with 2."""

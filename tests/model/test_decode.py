@@ -7,7 +7,8 @@ from test_transformer import CONFIGS, V3, changed, random_ids, random_model
 from twelve.model import decode
 
 needs_compiler = pytest.mark.skipif(decode.library() is None, reason="no C++ compiler on this machine")
-MANY = {**CONFIGS, "v3-mtp": changed(V3, num_nextn_predict_layers=1), "v3-bias": changed(V3, attention_bias=True, q_lora_rank=24),
+MANY = {**CONFIGS, "v3-mtp": changed(V3, num_nextn_predict_layers=1),
+        "v3-bias": changed(V3, attention_bias=True, q_lora_rank=24),
         "v3-halves": changed(V3, rope_interleave=False), "v3-dense": changed(V3, n_routed_experts=None),
         "v3-no-shared": changed(V3, n_shared_experts=None)}  # fmt: skip
 

@@ -24,7 +24,8 @@ def same_with_gradients(fast, plain, inputs, atol=1e-9):
     for function in (fast, plain):
         out = function(*inputs)
         weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
-        results.append((out, *torch.autograd.grad((out * weights).sum(), [x for x in inputs if getattr(x, "requires_grad", 0)])))
+        trained = [x for x in inputs if getattr(x, "requires_grad", 0)]
+        results.append((out, *torch.autograd.grad((out * weights).sum(), trained)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b.to(a.dtype), atol=atol, rtol=1e-9)
 
@@ -67,12 +68,14 @@ def test_one_token_experts():
 
 
 def test_sorted_experts():
-    x, gate_up, down = (t.detach().float() for t in (tensor(50, 16), tensor(8, 32, 16, seed=1), tensor(8, 16, 16, seed=2)))
+    tensors = (tensor(50, 16), tensor(8, 32, 16, seed=1), tensor(8, 16, 16, seed=2))
+    x, gate_up, down = (t.detach().float() for t in tensors)
     chosen = torch.rand(50, 8, generator=torch.Generator().manual_seed(3)).topk(3).indices
     gates = torch.rand(50, 3, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(
-        sorted_experts(x, gate_up, down, chosen, gates), plain_experts(x, gate_up, down, chosen, gates), atol=1e-4, rtol=1e-5
-    )
+        sorted_experts(x, gate_up, down, chosen, gates), plain_experts(x, gate_up, down, chosen, gates),
+        atol=1e-4, rtol=1e-5,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 30, 1000])

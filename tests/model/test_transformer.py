@@ -22,8 +22,8 @@ GQA = {"vocab_size": 1003, "hidden_size": 64, "intermediate_size": 96, "num_hidd
 CONFIGS = {
     "v3": V3,
     "v3-q-lora-groups-yarn": changed(V3, q_lora_rank=24, n_group=4, topk_group=2, rope_parameters=YARN),
-    "v2-groups": changed(V3, model_type="deepseek_v2", scoring_func="softmax", topk_method="group_limited_greedy", n_group=2,
-                         topk_group=1, norm_topk_prob=False, v_head_dim=24),
+    "v2-groups": changed(V3, model_type="deepseek_v2", scoring_func="softmax", topk_method="group_limited_greedy",
+                         n_group=2, topk_group=1, norm_topk_prob=False, v_head_dim=24),
     "llama": ModelConfig(model_type="llama", **GQA),
     "qwen2-tied": ModelConfig(model_type="qwen2", attention_bias=True, tie_word_embeddings=True, **GQA),
     "qwen3": ModelConfig(model_type="qwen3", head_dim=24, **GQA),
@@ -71,7 +71,8 @@ def test_latent_cache_holds_rank_plus_rope_elements_a_token():
     cache = model.new_cache(1, 8)
     model(random_ids((1, 5)), cache=cache)
     assert cache.bytes_per_token == 3 * (V3.kv_lora_rank + V3.qk_rope_head_dim) * 4
-    assert sum(b.numel() * b.element_size() for layer in cache.layers for b in layer.buffers) == 8 * cache.bytes_per_token
+    held = sum(b.numel() * b.element_size() for layer in cache.layers for b in layer.buffers)
+    assert held == 8 * cache.bytes_per_token
 
 
 def test_v3_cache_is_70272_bytes_a_token_in_bfloat16():
@@ -128,9 +129,11 @@ def test_losses_equal_cross_entropy_of_the_logits():
     targets[0, 3] = -100
     losses = model.losses(ids, targets, mtp_weight=0.3, balance_weight=0.01)
     entropy = torch.nn.functional.cross_entropy
-    torch.testing.assert_close(losses.main.double(), entropy(model(ids).flatten(0, 1), targets.flatten()), atol=1e-5, rtol=0)
+    expected = entropy(model(ids).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(losses.main.double(), expected, atol=1e-5, rtol=0)
     for k, (loss, logits) in enumerate(zip(losses.mtp, model.mtp_logits(ids), strict=True), start=1):
-        torch.testing.assert_close(loss.double(), entropy(logits.flatten(0, 1), targets[:, k:].flatten()), atol=1e-5, rtol=0)
+        expected = entropy(logits.flatten(0, 1), targets[:, k:].flatten())
+        torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
     total = losses.main + 0.15 * (losses.mtp[0] + losses.mtp[1]) + 0.01 * losses.balance
     torch.testing.assert_close(losses.total, total)
     assert len(losses.loads) == len(model.moe_layers()) == 4

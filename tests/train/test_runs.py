@@ -56,7 +56,7 @@ def test_ctrl_c_saves_and_a_resume_ends_with_the_same_weights(text, tmp_path, fi
     original = Trainer.train_step
 
     def interrupted(self):
-        if self.step in (7, 16) and not self.seconds_at_stop == self.step:
+        if self.step in (7, 16) and self.seconds_at_stop != self.step:
             self.seconds_at_stop = self.step
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
@@ -72,7 +72,8 @@ def test_ctrl_c_saves_and_a_resume_ends_with_the_same_weights(text, tmp_path, fi
             monkeypatch.setattr(Trainer, "seconds_at_stop", 7 if len(stops) == 1 else 16, raising=False)
     assert [f"saved at step {step}" in stop for step, stop in zip((8, 17), stops, strict=True)] == [True, True]
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
-    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "training" / "metrics.jsonl").read_text().splitlines()]
+    metrics = tmp_path / "run" / "training" / "metrics.jsonl"
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert rows == list(range(1, 26))
 
 
@@ -148,8 +149,8 @@ def test_a_timed_run_records_how_its_length_was_corrected(text, tmp_path):
 
 def test_revisions_hold_from_their_step_on():
     plan = Plan(
-        stage="pretrain", options={}, config={}, data={}, context=8, batch_size=1, micro_batch_size=1, learning_rate=1.0,
-        seed=0, threads=1, precision="float32", decay_share=0.2, revisions=[(0, 100), (50, 80)],
+        stage="pretrain", options={}, config={}, data={}, context=8, batch_size=1, micro_batch_size=1,
+        learning_rate=1.0, seed=0, threads=1, precision="float32", decay_share=0.2, revisions=[(0, 100), (50, 80)],
     )  # fmt: skip
     assert plan.steps(49) == 100 and plan.steps(50) == 80
     assert not plan.in_decay(63) and plan.in_decay(64)
@@ -199,7 +200,8 @@ def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
     for plan.micro_batch_size in (4, 2, 3):
         model = Transformer(ModelConfig(**plan.config)).init_weights(0).double()
         trainer = Trainer(model, lambda step: data.batch(step, 4, 32, 0), plan, tmp_path)
-        trainer.optimizer.step = lambda rate, model=model: gradients.append(model.layers[0].self_attn.o_proj.weight.grad)
+        weight = model.layers[0].self_attn.o_proj.weight
+        trainer.optimizer.step = lambda rate, weight=weight: gradients.append(weight.grad)
         trainer.train_step()
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(gradients[2], gradients[0], atol=1e-7, rtol=1e-5)

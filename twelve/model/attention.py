@@ -1,4 +1,4 @@
-"""Attention: multi-head latent attention (DeepSeek V2, V3) and grouped-query attention (Llama, Qwen), each with its cache."""
+"""Attention, each kind with its cache: multi-head latent (DeepSeek V2, V3) and grouped-query (Llama, Qwen)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Positions:
 
     cos: Tensor  # [B, T, 1, R/2]
     sin: Tensor  # [B, T, 1, R/2]
-    mask: Tensor | None  # [B or 1, 1, T, S] bool, True where a query may look; None: plain causal, or one query that sees all
+    mask: Tensor | None  # [B or 1, 1, T, S] bool, True where a query may look; None: causal, or one query that sees all
     start: int = 0  # tokens already in the cache
 
 
@@ -145,7 +145,7 @@ class LatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """GQA (arXiv 2305.13245) as Llama and Qwen have it: optional biases, optional RMSNorm on the heads of query and key."""
+    """GQA (arXiv 2305.13245) as in Llama and Qwen: optional biases, optional RMSNorm on the heads of query and key."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """Build, find and call decode.cpp: one token through a float32 model on a CPU in one call.
 
-The source is compiled on first use (about two seconds) and kept in the user's cache folder. Where there is no compiler, or the
-model is of another kind, `make_decoder` gives None and the plain path of `Transformer.forward`, its twin, decodes.
+The source is compiled on first use (about two seconds) and kept in the user's cache folder. Where there is no compiler,
+or the model is of another kind, `make_decoder` gives None and the plain path of `Transformer.forward`, its twin,
+decodes.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ SLOTS = (  # parameters of a decoder layer, in the order of decode.cpp's enum; t
     "mlp.experts.down_proj", "gate_proj.weight", "up_proj.weight", "down_proj.weight",
 )  # fmt: skip
 INTEGERS = (
-    "layers", "hidden", "vocabulary", "threads", "latent", "heads", "kv_heads", "nope", "rope", "v_width", "rank", "q_rank",
-    "interleave", "experts", "top_k", "expert_width", "groups", "top_groups", "group_best", "softmax", "normalise",
-    "gated_width_max",
+    "layers", "hidden", "vocabulary", "threads", "latent", "heads", "kv_heads", "nope", "rope", "v_width", "rank",
+    "q_rank", "interleave", "experts", "top_k", "expert_width", "groups", "top_groups", "group_best", "softmax",
+    "normalise", "gated_width_max",
 )  # fmt: skip
 FLOATS = ("norm_eps", "latent_eps", "scale", "rope_scale", "routed_scale")
 
@@ -108,11 +109,12 @@ class Decoder:
         groups, choosing = c.n_group or 1, c.topk_method != "greedy"
         self.shape = Shape(
             layers=c.num_hidden_layers, hidden=c.hidden_size, vocabulary=c.vocab_size, latent=c.is_mla,
-            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
-            nope=c.qk_nope_head_dim if c.is_mla else 0, rope=c.rope_dim, v_width=c.v_head_dim if c.is_mla else c.head_dim,
+            heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, nope=c.qk_nope_head_dim if c.is_mla else 0,
+            rope=c.rope_dim, v_width=c.v_head_dim if c.is_mla else c.head_dim,
             rank=c.kv_lora_rank or 0, q_rank=c.q_lora_rank or 0, interleave=c.is_mla and c.rope_interleave,
-            experts=c.n_routed_experts or 0, top_k=c.num_experts_per_tok or 0, expert_width=c.moe_intermediate_size or 0,
-            groups=groups, top_groups=(c.topk_group or groups) if choosing else groups,
+            experts=c.n_routed_experts or 0, top_k=c.num_experts_per_tok or 0,
+            expert_width=c.moe_intermediate_size or 0, groups=groups,
+            top_groups=(c.topk_group or groups) if choosing else groups,
             group_best=2 if c.topk_method == "noaux_tc" else 1, softmax=c.scoring_func == "softmax",
             normalise=c.norm_topk_prob, gated_width_max=max([c.moe_intermediate_size or 0, *widths]),
             norm_eps=c.rms_norm_eps, latent_eps=1e-6, scale=softmax_scale(c), rope_scale=rope_scale,

@@ -1,4 +1,4 @@
-"""DeepSeekMoE (arXiv 2401.06066; V3 section 2.1.2): shared experts, fine-grained routed experts, balance without an auxiliary loss."""
+"""DeepSeekMoE (arXiv 2401.06066; V3 section 2.1.2): shared and routed experts, balance without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
-        """Once an optimiser step: lower the bias of experts above the mean load [E] by `speed`, raise the others (2408.15664)."""
+        """Once a step: lower the bias of experts above the mean load [E] by `speed`, raise the others (2408.15664)."""
         load = load.to(self.e_score_correction_bias)
         self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 

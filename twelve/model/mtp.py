@@ -12,7 +12,7 @@ from twelve.model.moe import Routing
 
 
 class MTPModule(nn.Module):
-    """h' = W [norm(embedding of the next token); norm(h)], one decoder block, a norm; embedding and head are the model's.
+    """h' = W [norm(embedding of the next token); norm(h)], a decoder block, a norm; embedding and head are the model's.
 
     As in V3's weights and transformers: `h` is the state after the final norm (after this norm, for a further module),
     and the embedding comes first in the concatenation.
@@ -29,7 +29,7 @@ class MTPModule(nn.Module):
     def forward(
         self, hidden: Tensor, embedded: Tensor, at: Positions, cache: LayerCache | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """hidden [B, T, D] of the tokens up to i, embedded [B, T, D] of the tokens i + 1 -> normed state that predicts i + 2."""
+        """hidden [B, T, D] of tokens up to i, embedded [B, T, D] of tokens i + 1 -> normed state to predict i + 2."""
         joined = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
         out, routing = self.block(joined, at, cache)
         return self.norm(out), routing

@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies (plain, linear, Llama 3, YaRN), the temperature that YaRN adds, and the two rotations."""
+"""Rotary positions: frequencies (plain, linear, Llama 3, YaRN), the temperature YaRN adds, and the two rotations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate adjacent pairs of x [B, T, H, R] by angles with cos, sin [B, T, 1, R/2]; halves come out split, as in transformers."""
+    """Rotate adjacent pairs of x [B, T, H, R] by cos, sin [B, T, 1, R/2]; halves come out split, as in transformers."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
 

@@ -22,7 +22,7 @@ from twelve.model.rope import inverse_frequencies
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then a dense or a mixture-of-experts feed-forward, each on a normed residual stream."""
+    """A decoder layer: attention, then a dense or mixture-of-experts feed-forward, each on the normed residual."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> Transformer:
-        """Normal weights, std initializer_range; projections back into the residual stream smaller by 1 / sqrt(2 * layers)."""
+        """Normal weights, std initializer_range; projections into the residual smaller by 1 / sqrt(2 * layers)."""
         generator = torch.Generator().manual_seed(seed)
         residual = 1 / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
@@ -167,8 +167,8 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Logits [B, T, V] of ids [B, T] int64 ([B, 1, V] with `last_only`).
 
-        With a cache the ids continue what it holds, and are added to it. `documents` [B, T] numbers the documents packed
-        into a row (attention stays inside each); `positions` [B, T] then restart with them.
+        With a cache the ids continue what it holds, and are added to it. `documents` [B, T] numbers the documents
+        packed into a row (attention stays inside each); `positions` [B, T] then restart with them.
         """
         start = cache.length if cache is not None else 0
         if cache is not None and start + ids.shape[1] > cache.max_length:
@@ -226,9 +226,9 @@ def has_compiler() -> bool:
 
 
 def count_parameters(config: ModelConfig, mtp: bool = False) -> dict[str, int]:
-    """{"total", "active"}: all parameters, and those that work on one token, of the main model (with its MTP modules if `mtp`).
+    """{"total", "active"}: all parameters of the main model, and those that work on one token.
 
-    Nothing is allocated. Active parameters include the embedding and the output head.
+    MTP modules count if `mtp`. Nothing is allocated. Active parameters include the embedding and the output head.
     """
     with torch.device("meta"):
         model = Transformer(config)

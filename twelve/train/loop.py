@@ -1,4 +1,4 @@
-"""The one training loop: a step, a log line, a checkpoint. Pretraining and fine-tuning give it a model, data and a plan."""
+"""The one training loop: a step, a log line, a checkpoint. Pretraining and fine-tuning bring model, data and plan."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ class Trainer:
     def __init__(self, model: Transformer, batches: Callable[[int], Any], plan: Plan, folder: Path) -> None:
         self.model, self.batches, self.plan, self.folder = model.train(), batches, plan, folder
         self.optimizer = MuonAdamW(
-            model, weight_decay=plan.weight_decay, muon=plan.muon, adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0
-        )
+            model, weight_decay=plan.weight_decay, muon=plan.muon,
+            adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0,
+        )  # fmt: skip
         self.parameters = list(model.parameters())
         self.routers = [layer.gate for layer in model.moe_layers()]
         self.step, self.seconds, self.tokens = 0, 0.0, 0
@@ -97,13 +98,12 @@ class Trainer:
         began, before, first = time.monotonic(), self.seconds, self.step
         saved, save_cost = began, 0.0
         marks = list(REVISE_AT) if seconds_left else []
-        log = open(self.metrics, "a", encoding="utf-8")
         total = self.plan.steps(self.step)
         bar = tqdm(
-            total=total, initial=self.step, unit="step", disable=quiet, file=sys.stderr, mininterval=0.5, smoothing=0.05,
-            dynamic_ncols=True,
+            total=total, initial=self.step, unit="step", disable=quiet, file=sys.stderr, mininterval=0.5,
+            smoothing=0.05, dynamic_ncols=True,
         )  # fmt: skip
-        with stop, log, bar:
+        with stop, open(self.metrics, "a", encoding="utf-8") as log, bar:
             while self.step < self.plan.steps(self.step):
                 started = time.monotonic()
                 figures = self.train_step()

@@ -32,7 +32,8 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Names of the parameters for Muon, and the shape [..., n, m] of the matrices that each one holds.
 
     Projections that stack something are taken apart, since orthogonalising the stack would tie its parts together:
-    experts, gate from up, and the heads of MLA (GLM-5, arXiv 2602.15763). Embedding, head, router and vectors are AdamW's.
+    experts, gate from up, and the heads of MLA (GLM-5, arXiv 2602.15763). Embedding, head, router and vectors are
+    AdamW's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():
@@ -54,8 +55,8 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 class MuonAdamW:
     """One step of Muon on the matrices and of AdamW on everything else, at one learning rate.
 
-    Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate and the
-    weight decay; `embed_lr_scale` multiplies it for the embedding and the head.
+    Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate and
+    the weight decay; `embed_lr_scale` multiplies it for the embedding and the head.
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class MuonAdamW:
             batches.setdefault(tuple(view.shape[1:]), []).append((parameter, view))
         for (rows, columns), members in batches.items():
             scale = 0.2 * max(rows, columns) ** 0.5
-            updates = orthogonalize(torch.cat([view for _, view in members])) if len(members) > 1 else orthogonalize(members[0][1])
-            for (parameter, _), update in zip(members, updates.split([len(v) for _, v in members]), strict=True):
+            views = [view for _, view in members]
+            updates = orthogonalize(torch.cat(views) if len(views) > 1 else views[0])
+            for (parameter, _), update in zip(members, updates.split([len(view) for view in views]), strict=True):
                 parameter.mul_(1 - lr * self.weight_decay).add_(update.reshape(parameter.shape), alpha=-lr * scale)
 
     def _step_rest(self, lr: float) -> None:

@@ -77,7 +77,9 @@ class Plan:
     def check_data(self, data: PackedData, folder: Path) -> None:
         """InputError if `data` is not what the run in `folder` was planned for."""
         if self.data != describe(data):
-            raise InputError(f"the data of the run in {folder} changed since it began: put it back, or use another folder")
+            raise InputError(
+                f"the data of the run in {folder} changed since it began: put it back, or use another folder"
+            )
 
 
 def describe(data: PackedData) -> dict[str, Any]:

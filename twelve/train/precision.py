@@ -39,8 +39,8 @@ def autocast(device: torch.device, precision: str):
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that were freed, instead of giving them back and faulting every page in again.
 
-    A training step frees and allocates the same few hundred megabytes over and over; this took about a tenth of its time.
-    Without glibc it does nothing.
+    A training step frees and allocates the same few hundred megabytes over and over; this took about a tenth of its
+    time. Without glibc it does nothing.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     with contextlib.suppress(OSError, AttributeError):

@@ -28,15 +28,16 @@ def pretrain(
 ) -> dict[str, Any]:  # fmt: skip
     """Train a V3-shape model on documents and save it as a folder; the same call again resumes.
 
-    `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context` tokens.
-    One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes
-    if none does. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
+    `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context`
+    tokens. One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the
+    length; 10 minutes if none does. Returns the figures of the run. Raises InputError for bad input and Interrupted on
+    Ctrl-C.
     """
     if minutes is None and steps is None:
         minutes = 10.0
     options = {
-        "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed, "tokenizer": tokenizer,
-        "vocab_size": vocab_size, "width": width, "layers": layers, "experts": experts,
+        "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
+        "tokenizer": tokenizer, "vocab_size": vocab_size, "width": width, "layers": layers, "experts": experts,
         "experts_per_token": experts_per_token, "mtp": mtp, "context": context, "batch": batch,
         "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device,
     }  # fmt: skip
@@ -88,6 +89,7 @@ def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: i
 
 def _card(plan: Plan, figures: dict[str, Any]) -> str:
     sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
+    data = f"{plan.data['bytes']:,} bytes of text, SHA-256 of the tokens {plan.data['sha256'][:16]}…"
     return f"""# {Path(figures['model']).name}
 
 A small language model in DeepSeek-V3's shape, pretrained with twelve {__version__}.
@@ -100,7 +102,7 @@ A small language model in DeepSeek-V3's shape, pretrained with twelve {__version
 | time | {figures['training_seconds']} s on {plan.threads} CPU threads or the device in `training/plan.json` |
 | seed | {plan.seed} |
 
-Data ({plan.data['bytes']:,} bytes of text, SHA-256 of the tokens {plan.data['sha256'][:16]}…; its licence is its owner's):
+Data ({data}; its licence is its owner's):
 
 {sources}
 

@@ -1,4 +1,4 @@
-"""A training run from its folder's point of view: one writer, a plan that holds, a resume, and a model folder at the end."""
+"""A training run as its folder sees it: one writer, a plan that holds, a resume, and a model folder at the end."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Run or resume the stage in folder `out`. `prepare(folder, earlier plan)` reads what the stage needs.
 
-    Returns the figures of the run. Raises InputError when another process works on the folder or the options differ from
-    those that the folder's run was started with, and Interrupted after Ctrl-C.
+    Returns the figures of the run. Raises InputError when another process works on the folder or the options differ
+    from those that the folder's run was started with, and Interrupted after Ctrl-C.
     """
     started = time.monotonic() if started is None else started
     folder = Path(out)
@@ -114,9 +114,11 @@ def _print_plan(plan: Plan, prepared: Prepared, minutes: float | None, resumed: 
     steps = plan.steps(0)
     tokens = steps * plan.batch_size * plan.context
     length = f"{steps:,} steps" + (f", what {minutes:g} minutes are thought to hold" if minutes and not resumed else "")
+    total, active = sizes["parameters"] / 1e6, sizes["active_parameters"] / 1e6
+    epochs = steps / prepared.epoch_steps
     print(
-        f"model     {sizes['parameters'] / 1e6:.2f}M parameters, {sizes['active_parameters'] / 1e6:.2f}M of them active a token\n"
-        f"data      {plan.data.get('tokens', 0):,} tokens; the run reads {tokens:,} ({steps / prepared.epoch_steps:.2f} epochs)\n"
+        f"model     {total:.2f}M parameters, {active:.2f}M of them active a token\n"
+        f"data      {plan.data.get('tokens', 0):,} tokens; the run reads {tokens:,} ({epochs:.2f} epochs)\n"
         f"length    {length} of {plan.batch_size} x {plan.context} tokens\n"
         f"machine   {plan.threads} threads, {plan.precision}{', compiled' if plan.compile else ''}",
         flush=True,

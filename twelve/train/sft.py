@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a model folder and conversations in, a model folder out; loss on the assistant's words only."""
+"""Supervised fine-tuning: model folder and conversations in, model folder out; loss on the assistant's words only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from twelve import __version__, convert
 from twelve.data.corpus import tokenize
 from twelve.data.shards import PackedData
-from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.model import Transformer
 from twelve.train.plan import Plan, describe
@@ -25,11 +24,12 @@ def sft(
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune the model (a folder, a .gguf file, a package's name) on `messages`; the same call again resumes.
 
-    Length, errors and result are as for `pretrain`; of neither `minutes` nor `steps`, three passes over the conversations.
+    Length, errors and result are as for `pretrain`; without `minutes` and `steps`, three passes over the conversations.
     """
     options = {
         "model": str(model), "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
-        "context": context, "batch": batch, "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device,
+        "context": context, "batch": batch, "learning_rate": learning_rate, "muon": muon, "compile": compile,
+        "device": device,
     }  # fmt: skip
     source = convert.resolve(model)
     if source.resolve() == Path(out).resolve():
@@ -65,10 +65,11 @@ def sft(
 
 
 def _card(plan: Plan, figures: dict[str, Any]) -> str:
+    source = plan.options["model"]
     sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
     return f"""# {Path(figures['model']).name}
 
-Fine-tuned from `{plan.options['model']}` on conversations with twelve {__version__}; loss on the assistant's words only.
+Fine-tuned from `{source}` on conversations with twelve {__version__}; loss on the assistant's words only.
 
 | | |
 |---|---|
