@@ -69,17 +69,17 @@ def _(query, key, value, mask, scale):
 
 @custom_op("twelve::blocked_attention_backward", mutates_args=())
 def _attention_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, log_sum: Tensor, scale: float
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, out: Tensor, log_sum: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, length, _ = query.shape
     q, k, v, grad = (x.flatten(0, 1) for x in (query, key, value, grad_out))
     shift = log_sum.flatten(0, 1).neg()
     row = (grad_out * out).sum(-1, keepdim=True).flatten(0, 1).neg_()  # each row's sum of p * dp, negative
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    size = batch * heads * min(QUERY_BLOCK, length) * length
-    buffers = query.new_empty(size), query.new_empty(size)
+    buffers = query.new_empty(2, batch * heads * min(QUERY_BLOCK, length) * length)
     for start, end in _blocks(length):
-        weights, inner = (b[: batch * heads * (end - start) * end].view(batch * heads, end - start, end) for b in buffers)
+        weights, inner = (b[: batch * heads * (end - start) * end].view(-1, end - start, end) for b in buffers)
         torch.baddbmm(shift[:, start:end], q[:, start:end], k[:, :end].mT, alpha=scale, out=weights).exp_()
         _hide(weights.view(batch, heads, end - start, end), mask, start, end, 0.0)
         grad_v[:, :end].baddbmm_(weights.mT, grad[:, start:end])
@@ -122,7 +122,7 @@ def plain_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gate
 
 
 def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """As `plain_experts`: tokens sorted by expert, one grouped product a projection, no wait for the host; for accelerators."""
+    """As `plain_experts`: tokens sorted by expert, one grouped product a projection, no wait for the host (CUDA, ...)."""
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
     ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
@@ -177,13 +177,14 @@ def _experts(
 
 @_experts.register_fake
 def _(x, gate_up, down, chosen, gates):
-    rows = chosen.numel()
-    return torch.empty_like(x), x.new_empty(rows, gate_up.shape[1]), chosen.new_empty(rows), chosen.new_empty(gate_up.shape[0])
+    rows, hidden = chosen.numel(), gate_up.shape[1]
+    return torch.empty_like(x), x.new_empty(rows, hidden), chosen.new_empty(rows), chosen.new_empty(gate_up.shape[0])
 
 
 @custom_op("twelve::grouped_experts_backward", mutates_args=())
 def _experts_backward(
-    grad_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, hidden: Tensor, order: Tensor, counts: Tensor
+    grad_out: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, hidden: Tensor, order: Tensor,
+    counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, weights = order // gates.shape[1], gates.flatten().index_select(0, order)[:, None]
     grad_x, grad_weights = torch.zeros_like(x), torch.empty_like(weights[:, 0])

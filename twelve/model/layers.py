@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk, so that a chunk of logits stays in the cache and none is kept for the backward."""
+    """Loss and gradients chunk by chunk: a chunk of logits stays in the cache, and none is kept for the backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
