@@ -122,7 +122,7 @@ def plain_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gate
 
 
 def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """As `plain_experts`: tokens sorted by expert, one grouped product a projection, no wait for the host (CUDA, ...)."""
+    """As `plain_experts`: sorted by expert, one grouped product a projection, no wait for the host (CUDA, ...)."""
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
     ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
@@ -161,7 +161,7 @@ def _by_expert(counts: list[int]):
 def _experts(
     x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [N, D]; for the backward: gate and up before the activation, the order of the rows, the experts' counts."""
+    """Output [N, D]; for the backward: gate and up before the activation, order of the rows, counts of the experts."""
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0])
     tokens, weights = order // chosen.shape[1], gates.flatten().index_select(0, order)[:, None]
