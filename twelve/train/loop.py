@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from twelve.files import atomic_write
 from twelve.model import Transformer
 from twelve.train.checkpoint import load_checkpoint, save_checkpoint
 from twelve.train.optimizer import MuonAdamW
@@ -147,7 +148,8 @@ class Trainer:
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
-            self.metrics.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            with atomic_write(self.metrics) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 class _InterruptFlag:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import time
 from collections.abc import Callable
@@ -75,6 +76,10 @@ def run(
             trainer.run(seconds_left, quiet)
         except Interrupted as stop:
             raise Interrupted(f"{folder}: {stop}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(f"no space left in {folder}: free some space, then run the same command again") from error
         return _finish(trainer, prepared, folder, started)
 
 

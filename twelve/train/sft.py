@@ -48,7 +48,8 @@ def sft(
             plan = Plan(
                 stage="sft", options=options, config=config.to_dict(), data=describe(data), context=row,
                 batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
-                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon, compile=compile,
+                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon, adamw_lr_scale=1.0,
+                compile=compile,
             )  # fmt: skip
         plan.check_data(data, folder)
 
