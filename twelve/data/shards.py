@@ -156,6 +156,11 @@ class PackedData:
     def documents(self) -> int:
         return self._sum("documents")
 
+    @property
+    def conversations(self) -> int:
+        """Those of the documents that are conversations."""
+        return self.meta["kinds"]["chat"]["documents"] if "chat" in self._kinds else 0
+
     def windows(self, seq_len: int) -> int:
         """Rows in an epoch."""
         return self._text_windows(seq_len) + len(self._packing(seq_len)[1]) - 1

@@ -67,10 +67,9 @@ def pretrain(
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
         epoch_steps = max(1, data.windows(context) // batch)
-        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps)
+        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, data.conversations > 0)
 
-    result = run("pretrain", out, options, prepare, minutes, steps, started, quiet)
-    return {**result, "next": f"twelve generate {out} \"...\""}
+    return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
 
 
 def _should_compile(device: torch.device, minutes: float | None) -> bool:

@@ -36,6 +36,7 @@ class Prepared:
     tokenizer: Any
     card: Callable[[dict[str, Any]], str]  # model card from the run's figures
     epoch_steps: int  # steps that see every token once
+    chats: bool  # whether the data holds conversations
 
 
 def run(
@@ -160,4 +161,5 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
     plan.complete = True
     plan.save(folder)
     trainer.checkpoint.unlink(missing_ok=True)  # several times the model's size, and nothing is left to resume
-    return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path)}
+    following = f"twelve chat {folder}" if prepared.chats else f'twelve generate {folder} "..."'
+    return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path), "next": following}

@@ -59,10 +59,9 @@ def sft(
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
-        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps)
+        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, True)
 
-    result = run("sft", out, options, prepare, minutes, steps, started, quiet)
-    return {**result, "next": f"twelve chat {out}"}
+    return run("sft", out, options, prepare, minutes, steps, started, quiet)
 
 
 def _card(plan: Plan, figures: dict[str, Any]) -> str:
