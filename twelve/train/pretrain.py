@@ -67,7 +67,8 @@ def pretrain(
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
         epoch_steps = max(1, data.windows(context) // batch)
-        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, data.conversations > 0)
+        chats = data.conversations > 0
+        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, chats)
 
     return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
 
