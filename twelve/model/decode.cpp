@@ -157,11 +157,12 @@ extern "C" void decode_token(const Shape* shape, const float* const* slots, cons
     std::vector<float> query(query_size), low(s.q_rank), kv(s.latent ? entry : 2 * kv_size), mixed(s.heads * s.v_width);
     std::vector<float> inner((s.top_k + 1) * s.gated_width_max);
     Barrier barrier;
-    barrier.count = s.threads;
 
 #pragma omp parallel num_threads(s.threads)
     {
-        Worker me{s, omp_get_thread_num(), s.threads, barrier};
+#pragma omp single
+        barrier.count = omp_get_num_threads();  // may be fewer than asked for
+        Worker me{s, omp_get_thread_num(), omp_get_num_threads(), barrier};
         std::vector<float> x(s.hidden > s.q_rank ? s.hidden : s.q_rank), cos(half), sin(half), scratch(s.rope);
         std::vector<float> weights(position + 1), absorbed(entry), gates(s.top_k);
         std::vector<int64_t> chosen(s.top_k);
