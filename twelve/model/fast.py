@@ -122,7 +122,7 @@ def plain_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gate
 
 
 def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """As `plain_experts`: sorted by expert, one grouped product a projection, no wait for the host (CUDA, ...)."""
+    """As `plain_experts`: sorted by expert, one grouped product a projection, no wait for the host; for CUDA."""
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
     ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
@@ -144,7 +144,7 @@ def one_token_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, 
 
 
 def grouped_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-    """As `plain_experts`: one expert after another, each on its own tokens; for CPUs."""
+    """As `plain_experts`: one expert after another, each on its own tokens; for CPUs, and right on any device."""
     return _experts(x, gate_up, down, chosen, gates)[0]
 
 

@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """x [N, D], chosen [N, k], gates [N, k] -> sum over the chosen experts of gate * expert(x), [N, D]."""
-        if x.device.type != "cpu":
+        if x.device.type == "cuda":
             run = sorted_experts
         else:
             run = one_token_experts if x.shape[0] == 1 and not torch.is_grad_enabled() else grouped_experts
