@@ -308,9 +308,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
-    # Threads that wait should sleep, not spin: beside another busy process, spinning made training steps several times
-    # longer (docs/lab.md). It must be said before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         options = build_parser().parse_args(arguments)
         _set_threads(options)
