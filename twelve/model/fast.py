@@ -82,11 +82,14 @@ def _attention_backward(
         weights, inner = (b[: batch * heads * (end - start) * end].view(-1, end - start, end) for b in buffers)
         torch.baddbmm(shift[:, start:end], q[:, start:end], k[:, :end].mT, alpha=scale, out=weights).exp_()
         _hide(weights.view(batch, heads, end - start, end), mask, start, end, 0.0)
-        grad_v[:, :end].baddbmm_(weights.mT, grad[:, start:end])
+        # torch multiplies a batch at once only into memory of its own, so products are added afterwards
+        grad_v[:, :end] += torch.bmm(weights.mT, grad[:, start:end])
         torch.baddbmm(row[:, start:end], grad[:, start:end], v[:, :end].mT, out=inner)
         inner.mul_(weights)
-        torch.baddbmm(grad_q[:, start:end], inner, k[:, :end], beta=0, alpha=scale, out=grad_q[:, start:end])
-        grad_k[:, :end].baddbmm_(inner.mT, q[:, start:end], alpha=scale)
+        grad_q[:, start:end] = torch.bmm(inner, k[:, :end])
+        grad_k[:, :end] += torch.bmm(inner.mT, q[:, start:end])
+    grad_q.mul_(scale)
+    grad_k.mul_(scale)
     return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value)
 
 

@@ -19,12 +19,14 @@ from twelve.train.run import Prepared, run
 
 def sft(
     model: str | Path, paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None,
-    seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 5e-4, muon: bool = True,
+    seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 3e-4, muon: bool = False,
     compile: bool = False, device: str | None = None, started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune the model (a folder, a .gguf file, a package's name) on `messages`; the same call again resumes.
 
     Length, errors and result are as for `pretrain`; without `minutes` and `steps`, three passes over the conversations.
+    AdamW by default: Muon took most of a step on a model of 135M parameters, and is of little use on weights that AdamW
+    made (arXiv 2502.16982).
     """
     options = {
         "model": str(model), "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
