@@ -273,13 +273,12 @@ share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 
 
 
 def device(text: str) -> str:
-    import torch
+    from twelve.train.precision import pick_device
 
     try:
-        torch.empty(1, device=text)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch's word for "not compiled with CUDA"
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine ({reason})") from None
+        pick_device(text)
+    except InputError as error:  # a ValueError, which argparse would put in words of its own
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

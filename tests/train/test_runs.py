@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import twelve
 from twelve.errors import InputError
@@ -145,6 +146,27 @@ def test_a_timed_run_records_how_its_length_was_corrected(text, tmp_path):
     assert plan.complete and plan.steps(result["steps"] - 1) == result["steps"]
     assert [at for at, _ in plan.revisions] == sorted(at for at, _ in plan.revisions)
     assert len(plan.revisions) > 2
+
+
+def test_a_run_that_diverges_stops_before_its_weights_are_spoilt(text, tmp_path, monkeypatch):
+    original = Trainer.train_step
+
+    def poisoned(self):
+        if self.step == 3:
+            self.model.losses = lambda *args, losses=self.model.losses, **keys: _scaled(losses(*args, **keys))
+        return original(self)
+
+    def _scaled(losses):
+        losses.total = losses.total * float("nan")
+        return losses
+
+    monkeypatch.setattr("twelve.train.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("twelve.train.loop.SAVE_SHARE", 1e9)
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    with pytest.raises(InputError, match="diverged.*at step 4.*lower --learning-rate"):
+        pretrain([text], tmp_path / "run", steps=6, **SMALL)
+    kept = load_file(tmp_path / "run" / "training" / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
 def test_revisions_hold_from_their_step_on():

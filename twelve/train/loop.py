@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from twelve.errors import InputError
 from twelve.files import atomic_write
 from twelve.model import Transformer
 from twelve.train.checkpoint import load_checkpoint, save_checkpoint
@@ -51,7 +53,7 @@ class Trainer:
             model.compile_layers()
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; the figures of it."""
+        """One optimiser step; the figures of it. InputError, weights untouched, when the loss is not finite."""
         plan, step = self.plan, self.step
         rate = learning_rate(step, plan.steps(step), plan.learning_rate, plan.warmup, plan.decay_share)
         decaying = plan.in_decay(step)
@@ -79,6 +81,11 @@ class Trainer:
             figures["balance"] += losses.balance.item() / parts if losses.balance is not None else 0.0
             loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
         figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip).item()
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):  # before it reaches weights and checkpoint
+            raise InputError(
+                f"training diverged: the loss is {figures['loss']:.3g}, its gradient {figures['grad_norm']:.3g} "
+                f"at step {step + 1}; start again in another folder with a lower --learning-rate"
+            )
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
         if loads:

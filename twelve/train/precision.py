@@ -18,7 +18,8 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]  # AssertionError is torch's word for "not compiled with CUDA"
+        raise InputError(f"{name!r} is not a device of this machine ({reason})") from error
     return device
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from twelve import report
+from twelve.config import ModelConfig
 from twelve.convert import save
 from twelve.errors import InputError
 from twelve.files import FolderLock
@@ -132,8 +133,6 @@ def _print_plan(plan: Plan, prepared: Prepared, minutes: float | None, resumed: 
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
-    from twelve.config import ModelConfig
-
     counts = count_parameters(ModelConfig(**plan.config), mtp=True)
     return {"parameters": counts["total"], "active_parameters": counts["active"]}
 
