@@ -1,4 +1,4 @@
-"""Training and decoding speed beside transformers' DeepseekV3ForCausalLM: one configuration, one machine, in turns.
+"""Training speed beside transformers' DeepseekV3ForCausalLM: one configuration, one machine, in turns.
 
     python bench/train.py [--rounds 5] [--json FILE]
 
@@ -24,7 +24,6 @@ from twelve.model import Transformer, count_parameters
 from twelve.train.precision import keep_freed_memory
 
 ROWS, CONTEXT, VOCABULARY = 8, 512, 4096
-DECODED = 64  # tokens after a prompt of 16
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def main() -> None:
             side.step(ids)  # after another side's turn the caches are cold
             times[name].append(seconds(lambda side=side: side.step(ids)))
     theirs = min(statistics.median(t) for name, t in times.items() if name.startswith("transformers"))
-    result: dict = {"peak_gflops": max(peaks), "train": {}, "decode": {}}
+    result: dict = {"peak_gflops": max(peaks), "train": {}}
     print(f"peak {max(peaks):.0f} GFLOP/s\n{'training':32}{'tokens/s':>10}{'spread':>16}"
           f"{'of peak':>9}{'ratio':>7}{'first step':>12}")  # fmt: skip
     for name, runs in times.items():
@@ -72,21 +71,6 @@ def main() -> None:
         print(f"{name:32}{row['tokens_per_second']:10,.0f}{row['slowest']:8,.0f}-{row['fastest']:<7,.0f}"
               f"{row['share_of_peak']:9.0%}{row['ratio']:7.2f}{row['first_step']:10.1f} s")  # fmt: skip
 
-    peer = sides["transformers, experts eager"].model
-    decoders = {"twelve": decode_ours(config), "transformers": decode_theirs(peer)}
-    speeds: dict[str, list[float]] = {name: [] for name in decoders}
-    for decoder in decoders.values():
-        decoder(8)
-    for _ in range(options.rounds):
-        for name, decoder in decoders.items():
-            speeds[name].append(DECODED / seconds(lambda decoder=decoder: decoder(DECODED)))
-    print(f"{'decoding, batch 1':32}{'tokens/s':>10}{'spread':>16}{'ratio':>16}")
-    base = statistics.median(speeds["transformers"])
-    for name, runs in speeds.items():
-        row = {"tokens_per_second": statistics.median(runs), "slowest": min(runs), "fastest": max(runs),
-               "ratio": statistics.median(runs) / base}  # fmt: skip
-        result["decode"][name] = row
-        print(f"{name:32}{row['tokens_per_second']:10,.0f}{row['slowest']:8,.0f}-{row['fastest']:<7,.0f}{row['ratio']:16.2f}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)
@@ -125,30 +109,6 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def decode_ours(config):
-    model = Transformer(config).init_weights(0).eval()
-
-    @torch.inference_mode()
-    def decode(count: int) -> None:
-        cache = model.new_cache(1, 16 + count)
-        logits = model(torch.arange(16)[None], cache=cache, last_only=True)
-        for _ in range(count - 1):
-            logits = model(logits[:, -1].argmax(-1, keepdim=True), cache=cache, last_only=True)
-
-    return decode
-
-
-def decode_theirs(model):
-    model.eval()
-
-    def decode(count: int) -> None:
-        ids = torch.arange(16)[None]
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-                       do_sample=False, pad_token_id=0)  # fmt: skip
-
-    return decode
 
 
 def seconds(run) -> float:

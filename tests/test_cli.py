@@ -13,7 +13,7 @@ import pytest
 from twelve import cli
 from twelve.errors import InputError
 
-VERBS = ["demo", "tokenize", "pretrain", "sft", "eval", "chat", "generate", "serve", "convert"]
+VERBS = ["demo", "tokenize", "pretrain", "sft", "eval", "chat", "generate", "serve", "convert", "quantize"]
 
 
 def run(*arguments, **settings):

@@ -115,7 +115,7 @@ def test_too_small_a_vocabulary_is_told(room, tmp_path):
     assert "vocabulary of 256 is too small" in line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["chat", "generate", "eval", "serve", "convert"])
+@pytest.mark.parametrize("verb", ["chat", "generate", "eval", "serve", "convert", "quantize"])
 @pytest.mark.parametrize("kind", ["missing", "empty", "pickle", "cut", "unknown"])
 def test_a_bad_model_is_one_line(room, tmp_path, verb, kind):
     folder = tmp_path / "model"
@@ -131,7 +131,8 @@ def test_a_bad_model_is_one_line(room, tmp_path, verb, kind):
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     if kind == "unknown":
         (folder / "config.json").write_text('{"model_type": "abacus"}')
-    extra = {"convert": ["--out", str(tmp_path / "out")], "eval": ["--task", "all"], "serve": ["--port", "0"]}
+    out = ["--out", str(tmp_path / "out")]
+    extra = {"convert": out, "quantize": out, "eval": ["--task", "all"], "serve": ["--port", "0"]}
     line = run(tmp_path, verb, str(folder), *extra.get(verb, []), stdin="hi", expect=2)
     assert {"missing": "does not exist", "empty": "not a model folder", "pickle": "pickle", "cut": "model.safetensors",
             "unknown": "abacus"}[kind] in line  # fmt: skip

@@ -36,6 +36,7 @@ Text and checkable tasks into a model folder, and a model folder into a conversa
   generate    answer one prompt, or one a line of a file
   serve       an OpenAI-shaped API and a page, on this machine
   convert     any model that can be read into a Hugging Face folder
+  quantize    a model into a folder of 8-bit or 4-bit weights
 
 A MODEL is a folder, a .gguf file, or the name of an installed model package (smollm2).
 A PATH is a .txt, .md or .jsonl file (.gz and .zst too), a folder of them, or - for standard input."""
@@ -108,11 +109,22 @@ def convert(options: Options) -> Result:
     import torch
 
     from twelve.convert import load, save
+    from twelve.quantize import dequantize
 
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
+    dequantize(model)
     save(model, tokenizer, options.out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"model": options.out, "parameters": parameters, "next": f"twelve chat {options.out}"}
+
+
+def quantize(options: Options) -> Result:
+    from twelve.calibrate import quantize
+
+    return quantize(
+        options.model, options.out, texts=options.text, evaluate=options.eval,
+        **_given(options, {"bits", "group", "limit", "embedding_bits"}),
+    )  # fmt: skip
 
 
 def _engine(options: Options):
@@ -215,6 +227,17 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, metavar="FOLDER", help="to write")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", metavar="NAME",
                       help="float32 (default), bfloat16 or float16")  # fmt: skip
+
+    made = verb(quantize, "quantize", "MODEL --out FOLDER", "Pack a model's matrices into 8 or 4 bits a weight.")
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--out", required=True, metavar="FOLDER", help="to write")
+    made.add_argument("--bits", type=int, choices=(8, 4), help="of a weight (default: 8)")
+    made.add_argument("--group", type=positive, help="columns that share a scale, a multiple of 32 (default: 32)")
+    made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="to fit 4 bits to")
+    made.add_argument("--limit", type=positive, help="documents of each: text, eval")
+    made.add_argument("--eval", nargs="+", metavar="PATH", default=[], help="bits per byte before and after")
+    made.add_argument("--embedding-bits", type=int, choices=(8, 4), help="of embedding and head (default: 8)")
+    made.add_argument("--threads", type=positive, help="of the CPU (default: one a core)")
     return parser
 
 

@@ -3,6 +3,9 @@
 import functools
 import re
 import struct
+import subprocess
+import sys
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import twelve
 from twelve.convert import load_config, resolve
 from twelve.convert.gguf import GGUFFile
 from twelve.errors import InputError
+from twelve.quantize import forms_of
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -150,6 +154,11 @@ def write_model(path, family: str, theirs, **changed) -> None:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensors[f"{names.get_name(module)}.{suffix}"] = tensor.numpy()
+    kinds = cycle(changed.pop("kinds", [TYPES.F32]))
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            kind = next(kinds)
+            tensors[name] = (tensor, kind if kind == TYPES.F32 or tensor.shape[1] % 32 == 0 else TYPES.F16)
     words = [*BYTES, "<|im_end|>", "<think>", "th", *(f"[unused{i}]" for i in range(config.vocab_size - 259))]
     metadata = {
         f"{family}.context_length": 64, f"{family}.block_count": config.num_hidden_layers,
@@ -182,6 +191,61 @@ def test_a_model_written_as_llama_cpp_does_equals_transformers(case, tmp_path):
     again, reread = twelve.load(tmp_path / "folder")
     assert difference(again, theirs) <= 1e-4
     assert reread.encode("th<think>7") == tokenizer.encode("th<think>7")
+
+
+NARROW = GQA | {"hidden_size": 64, "intermediate_size": 96}  # 24 rows of key and value, and 48 columns of o_proj
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "all"])
+@pytest.mark.parametrize(("family", "values"), [
+    ("llama", NARROW | {"head_dim": 12}), ("llama", NARROW | {"tie_word_embeddings": True}), ("qwen2", NARROW),
+    ("qwen3", NARROW | {"head_dim": 32}),
+])  # fmt: skip
+def test_blocks_stay_packed_bit_for_bit(kind, family, values, tmp_path):
+    kinds = [TYPES[name] for name in ("Q4_0", "Q4_1", "Q8_0", "F32") if kind in (name, "all")]
+    write_model(tmp_path / "model.gguf", family, peer(family, values), kinds=kinds)
+    packed, floats = (twelve.load(tmp_path, device="cpu", packed=packed)[0] for packed in (True, False))
+    forms = forms_of(packed)
+    modules = {name for name, module in floats.named_modules() if isinstance(getattr(module, "weight", None), torch.nn.
+               Parameter) and module.weight.dim() == 2}  # fmt: skip
+    wide = {name for name in modules if floats.get_submodule(name).weight.shape[1] % 32 == 0}
+    assert set(forms) == wide if kind != "all" else len({*forms.values()}) == 3 and set(forms) < wide
+    for name in modules:
+        assert torch.equal(packed.get_submodule(name).weight, floats.get_submodule(name).weight), name
+    ids = torch.randint(0, 1003, (2, 20))
+    with torch.no_grad():
+        assert (packed(ids) - floats(ids)).abs().max() <= 1e-5
+    # and through a folder of our own
+    twelve.save(packed, None, tmp_path / "folder")
+    again = twelve.load(tmp_path / "folder", device="cpu")[0].state_dict()
+    mine = packed.state_dict()
+    assert mine.keys() == again.keys() and all(torch.equal(mine[name], again[name]) for name in mine)
+
+
+RESIDENT = """
+import sys, torch, twelve, twelve.convert.gguf_model
+from twelve.convert.folder import _trim
+def resident():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+torch.set_num_threads(1)
+twelve.load(sys.argv[1], device="cpu", packed=True)  # what the code itself takes, on a model of nothing
+_trim()
+before = resident()
+model = twelve.load(sys.argv[2], device="cpu", packed=True)[0]
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_resident_memory_is_that_of_the_file(tmp_path):
+    for name, width in (("small", 64), ("large", 1024)):
+        values = GQA | {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2}
+        write_model(tmp_path / f"{name}.gguf", "llama", peer("llama", values), kinds=[TYPES.Q8_0, TYPES.Q4_0])
+    paths = [str(tmp_path / f"{name}.gguf") for name in ("small", "large")]
+    done = subprocess.run([sys.executable, "-c", RESIDENT, *paths], check=True, capture_output=True, text=True)
+    size = (tmp_path / "large.gguf").stat().st_size
+    assert size > 16e6 and int(done.stdout) <= 1.15 * size
 
 
 WRONG = {

@@ -1,14 +1,12 @@
 """The engine: what it draws, when it ends, how it is shared and stopped."""
 
 import threading
-import time
 from contextlib import closing
 
 import pytest
 import torch
 
 from twelve.engine import ContextLengthError, Engine, Request, sub_seed
-from twelve.engine.turn import FairLock
 from twelve.errors import InputError
 
 PROMPT = "배 열두 척이 새벽에"
@@ -156,21 +154,3 @@ def test_threads_share_the_engine_and_get_what_they_would_alone(engine):
         thread.join()
     assert together == alone
 
-
-def test_the_lock_serves_in_the_order_of_asking():
-    lock, served = FairLock(), []
-
-    def work(number):
-        with lock:
-            served.append(number)
-
-    with lock:
-        threads = []
-        for number in range(8):
-            threads.append(threading.Thread(target=work, args=(number,)))
-            threads[-1].start()
-            while len(lock._line) < number + 2:
-                time.sleep(0.001)
-    for thread in threads:
-        thread.join()
-    assert served == list(range(8))

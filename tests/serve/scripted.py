@@ -6,48 +6,52 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import torch
+import numpy as np
 import uvicorn
-from torch import nn
 
 from twelve.engine import Engine
 from twelve.serve import app, bind
 
 
-class ScriptedModel(nn.Module):
-    """Answers every prompt with `script` (token ids), whatever was asked; `delay` seconds a forward pass."""
+class ScriptedModel:
+    """Answers every prompt with `script` (token ids), whatever was asked; `delay` seconds a step. Is its own runner."""
 
-    def __init__(self, vocab_size: int, script: list[int], delay: float = 0.0, context: int = 4096):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+    page_bytes, page_shape, cache_bytes_per_token, exact = 4, [(1, 1)], 0, True
+
+    def __init__(self, script: list[int], delay: float, context: int):
         self.config = SimpleNamespace(max_position_embeddings=context)
-        self.vocab_size, self.script, self.delay = vocab_size, script, delay
+        self.script, self.delay = script, delay
+        self.prompts: dict[bytes, int] = {}  # tokens of the prompt, by the sequence's key
         self.passes = 0
 
-    def new_cache(self, batch_size=1, max_length=None):
-        return SimpleNamespace(length=0, prompt=None)
+    def eval(self):
+        return self
 
-    def forward(self, ids, cache=None, last_only=False):
+    def allocate(self, pages):
+        pass
+
+    def step(self, step):
         time.sleep(self.delay)
         self.passes += 1
-        cache.length += ids.shape[1]
-        logits = torch.zeros(1, 1, self.vocab_size)
-        at = max(0, cache.length - self.prompt_tokens)  # 0 while the prompt is read
-        logits[..., self.script[min(at, len(self.script) - 1)]] = 100.0
-        return logits
+        tokens = []
+        for row, key in zip(step.drawn, step.keys, strict=True):
+            sequence = np.searchsorted(step.starts, row, side="right") - 1
+            at = step.positions[sequence] + row - step.starts[sequence] + 1 - self.prompts[key.tobytes()]
+            tokens.append(self.script[min(at, len(self.script) - 1)])
+        return np.array(tokens, np.int64), np.zeros(len(tokens))
 
 
 class ScriptedEngine(Engine):
     """Says `text` and ends its turn."""
 
     def __init__(self, tokenizer, text: str, delay: float = 0.0, context: int = 4096, prefill_chunk: int = 512):
-        stop = min(tokenizer.stop_ids)
-        model = ScriptedModel(tokenizer.vocab_size, [*tokenizer.encode(text), stop], delay, context)
-        super().__init__(model, tokenizer, prefill_chunk)
+        model = ScriptedModel([*tokenizer.encode(text), min(tokenizer.stop_ids)], delay, context)
+        super().__init__(model, tokenizer, prefill_chunk=prefill_chunk, speculation="off", runner=model)
 
-    def _decode(self, request):
-        self.model.prompt_tokens = len(request.prompt_ids)
-        return super()._decode(request)
+    def _sequence(self, request, streamed):
+        sequence = super()._sequence(request, streamed)
+        self.model.prompts[sequence.key.tobytes()] = sequence.prompt
+        return sequence
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_stop_ends_the_answer_and_the_model(page, engine):
     assert "멈춤" in text_of(page, ".foot")
     shown = text_of(page, "details .text")
     deadline = time.monotonic() + 5
-    while engine._turn._line and time.monotonic() < deadline:
+    while engine.scheduler.running and time.monotonic() < deadline:
         time.sleep(0.02)
     passes = engine.model.passes
     time.sleep(0.2)

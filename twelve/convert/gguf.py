@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twelve.errors import InputError
+from twelve.quantize import Form, Packed, pack_bytes
 
 SCALARS = {  # value type: struct code; 8 is a string, 9 an array
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
@@ -45,6 +46,7 @@ class BlockType:
     size: int
     layout: np.dtype
     floats: Callable[[np.ndarray], np.ndarray]
+    form: Form | None = None  # of those that can stay packed, bit for bit
 
 
 BLOCK_TYPES = {
@@ -55,18 +57,21 @@ BLOCK_TYPES = {
         32,
         np.dtype([("scale", "<f2"), ("packed", "u1", 16)]),
         lambda x: _scale(x["scale"]) * (_nibbles(x["packed"]) - 8),
+        Form(4, 32, symmetric=True),
     ),
     3: BlockType(
         "Q4_1",
         32,
         np.dtype([("scale", "<f2"), ("low", "<f2"), ("packed", "u1", 16)]),
         lambda x: _scale(x["scale"]) * _nibbles(x["packed"]) + _scale(x["low"]),
+        Form(4, 32, symmetric=False),
     ),
     8: BlockType(
         "Q8_0",
         32,
         np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
         lambda x: _scale(x["scale"]) * x["weights"].astype(np.float32),
+        Form(8, 32, symmetric=True),
     ),
     30: BlockType("BF16", 1, np.dtype("<u2"), lambda x: (x.astype(np.uint32) << 16).view(np.float32)[:, None]),
 }
@@ -139,13 +144,34 @@ class GGUFFile:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as float32 in memory of its own."""
-        info = self.tensors[name]
-        count = prod(info.shape) // info.type.size
-        blocks = np.frombuffer(self._data, info.type.layout, count, info.start)
-        floats = np.empty((count, info.type.size), np.float32)
-        for first in range(0, count, CHUNK):
+        info, blocks = self.tensors[name], self._blocks(name)
+        floats = np.empty((len(blocks), info.type.size), np.float32)
+        for first in range(0, len(blocks), CHUNK):
             floats[first : first + CHUNK] = info.type.floats(blocks[first : first + CHUNK])
+        self._forget(info, blocks.nbytes)
         return torch.from_numpy(floats).view(info.shape)
+
+    def packed(self, name: str, order: np.ndarray | None = None) -> Packed:
+        """A matrix [N, K] of a type that has a `form`, its rows in the order [N] if given, in memory of its own."""
+        info, blocks = self.tensors[name], self._blocks(name)
+        rows = blocks.reshape(info.shape[0], -1)
+        rows = rows if order is None else rows[order]
+        if info.type.form.bits == 8:
+            numbers = rows["weights"].view(np.uint8) ^ 0x80  # from -128 ... 127 to 0 ... 255
+        else:
+            numbers = rows["packed"].copy()
+        scales = rows["scale"].copy() if info.type.form.symmetric else np.stack((rows["scale"], rows["low"]), axis=-1)
+        self._forget(info, blocks.nbytes)
+        return pack_bytes(torch.from_numpy(numbers), torch.from_numpy(scales))
+
+    def _blocks(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        return np.frombuffer(self._data, info.type.layout, prod(info.shape) // info.type.size, info.start)
+
+    def _forget(self, info: TensorInfo, size: int) -> None:
+        """Let go of the pages read, which would count as this process's memory until the file is closed."""
+        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
+        self._data.madvise(mmap.MADV_DONTNEED, start, info.start + size - start)
 
 
 class _Cursor:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
@@ -15,6 +16,7 @@ from twelve.convert.gguf import GGUFFile
 from twelve.convert.huggingface import config_from
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
+from twelve.quantize import Form, Packed, packable
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 WHOLE = {
@@ -55,9 +57,12 @@ SPLITS = {  # tokenizer.ggml.pre: how text is cut into words, as regular express
 
 
 class GGUFModel:
-    """A `huggingface.Source`: a GGUF file, its tensors named and their rows ordered as in a Hugging Face folder."""
+    """A `huggingface.Source`: a GGUF file, its tensors named and their rows ordered as in a Hugging Face folder.
 
-    def __init__(self, path: Path) -> None:
+    packed: matrices of Q4_0, Q4_1 and Q8_0 keep their numbers, as a packed folder's two tensors.
+    """
+
+    def __init__(self, path: Path, packed: bool = False) -> None:
         self._file, self.path = GGUFFile(path), path
         file, values = self._file, config_values(self._file)
         self.config = config_from(values)
@@ -69,18 +74,45 @@ class GGUFModel:
         self._rotated: dict[str, int] = {}  # name of a projection whose rows are reordered -> its heads
         if values["model_type"] == "llama":
             self._rotated = {"q_proj": values["num_attention_heads"], "k_proj": values["num_key_value_heads"]}
+        self._forms: dict[str, Form] = {}  # name of a weight that stays packed -> how
+        self._last: tuple[str, Packed | None] = "", None
+        if packed:
+            types = {name: file.tensors[stored].type for name, stored in self._names.items()}
+            self._forms = {n: t.form for n, t in types.items() if t.form and len(self.shapes[n]) == 2}
+        for name, form in self._forms.items():
+            empty = Packed.empty(self.shapes[name], form, "meta")
+            self.shapes[name], self.shapes[_scales(name)] = tuple(empty.weights.shape), tuple(empty.scales.shape)
+
+    def forms(self, plain: torch.nn.Module) -> dict[str, Form]:
+        known = packable(plain)
+        forms = {n.removeprefix("model.").removesuffix(".weight"): form for n, form in self._forms.items()}
+        return {name: form for name, form in forms.items() if name in known}  # of no other is there a place
 
     def read(self, name: str) -> Tensor:
-        tensor = self._file.tensor(self._names[name])
+        weight = name.replace("packed_scales", "weight")
+        order = self._order(weight)
+        if weight not in self._forms:
+            tensor = self._file.tensor(self._names[name])
+            return tensor if order is None else tensor[torch.from_numpy(order)]
+        if self._last[0] != weight:  # its scales are asked for next
+            self._last = weight, self._file.packed(self._names[weight], order)
+        return self._last[1].weights if name == weight else self._last[1].scales
+
+    def _order(self, name: str) -> np.ndarray | None:
+        """The folder's order of the file's rows, where they differ."""
         heads = self._rotated.get(name.split(".")[-2])
-        if heads:
-            # llama.cpp rotates adjacent pairs, so its rows of a head are pair by pair; a folder has the halves in turn
-            pairs = tensor.view(heads, -1, 2, *tensor.shape[1:])
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        if not heads:
+            return None
+        # llama.cpp rotates adjacent pairs, so its rows of a head are pair by pair; a folder has the halves in turn
+        rows = self._file.tensors[self._names[name]].shape[0]
+        return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).ravel()
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self._file)
+
+
+def _scales(weight: str) -> str:
+    return weight.removesuffix("weight") + "packed_scales"
 
 
 def _folder_name(name: str) -> str:

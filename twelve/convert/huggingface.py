@@ -19,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twelve.config import ModelConfig
+from twelve.convert.packing import read_forms
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import read_json
 from twelve.model.rope import inverse_frequencies
+from twelve.quantize import BUFFERS, Form
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -39,7 +41,10 @@ EXPERT_KEYS = {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "m
 
 def pieces(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors on disk that the model's tensor `name` consists of, each with its view of that tensor."""
-    if name == "lm_head.weight":
+    if name.endswith(".packed_weight"):
+        # a shape that no other reader expects under this name, so that none takes the rest for a whole model
+        name = name.removesuffix("packed_weight") + "weight"
+    if name.startswith("lm_head."):
         yield name, tensor
         return
     mtp = re.fullmatch(r"mtp\.(\d+)\.(?:block\.)?(.+)", name)
@@ -75,6 +80,8 @@ def disk_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model folder, by its name on disk, as views of the model's own memory."""
     tensors = _on_disk(model.state_dict(), model.config)
     yield from tensors.items()
+    if any(name.endswith(BUFFERS) for name in tensors):
+        return  # the copies are for readers that know no packed weights
     for copy, original in mtp_copies(model.config).items():
         yield copy, tensors[original]
 
@@ -89,6 +96,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
+    def forms(self, plain: torch.nn.Module) -> dict[str, Form]:
+        """Names of the modules whose weights it has packed, and how; plain: its model in floats, on any device."""
+
     def tokenizer(self) -> Tokenizer | None: ...
 
 
@@ -100,6 +110,7 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self.path, self.config = folder, read_config(folder)
+        self._packing = read_json(folder / "config.json").get("quantization_config")  # read_config has seen it
         self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         listed = None
@@ -132,14 +143,20 @@ class Folder:
         for name in names:
             stored = file.get_slice(name)
             kind = stored.get_dtype()
-            if kind not in DTYPES:
+            if kind not in DTYPES and not (kind == "U8" and self._packing):
                 raise InputError(f"{path}: tensor {name!r} is stored as {kind}; supported: {', '.join(DTYPES)}")
             self._files[name], self.shapes[name] = file, tuple(stored.get_shape())
-            if name == "model.embed_tokens.weight":
-                self.dtype = DTYPES[kind]
+            if name == ("model.norm.weight" if self._packing else "model.embed_tokens.weight"):
+                self.dtype = DTYPES.get(kind, torch.float32)
 
     def read(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
+
+    def forms(self, plain: torch.nn.Module) -> dict[str, Form]:
+        try:
+            return read_forms(self._packing, plain) if self._packing else {}
+        except InputError as error:
+            raise InputError(f"{self.path / 'config.json'}: {error}") from error
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.load(self.path) if (self.path / "tokenizer.json").exists() else None
@@ -151,7 +168,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     The package's own writer first copies all tensors from an accelerator, and leaves a large hidden file of its own
     behind when it is killed.
     """
-    codes = {dtype: code for code, dtype in (*DTYPES.items(), ("I64", torch.int64))}
+    codes = {dtype: code for code, dtype in (*DTYPES.items(), ("I64", torch.int64), ("U8", torch.uint8))}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first keeps all aligned
@@ -202,9 +219,17 @@ def check(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> No
 
 @torch.no_grad()
 def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
-    """Read the model's `tensors`, which `check` has seen, from `source`, one at a time."""
+    """Read the model's `tensors`, which `check` has seen, from `source`, one at a time.
+
+    `InputError` for packed weights that are damaged: of another type, or with scales that are no numbers.
+    """
     for name, view in _on_disk(tensors, config).items():
-        view.copy_(source.read(name))
+        read = source.read(name)
+        if (view.dtype == torch.uint8) != (read.dtype == torch.uint8):
+            raise InputError(f"{source.path}: tensor {name!r} is stored as {read.dtype}, not {view.dtype}")
+        if name.endswith("packed_scales") and not read.isfinite().all():
+            raise InputError(f"{source.path}: tensor {name!r} is damaged: its scales are not all numbers")
+        view.copy_(read)
 
 
 def _on_disk(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -1,15 +1,25 @@
-"""One request at a time, one decode path with a cache."""
+"""The engine: requests in, answers out. Threads share it, and all their sequences run together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
-from twelve.engine.detokenize import TextStream
+from twelve.engine.pages import PagePool
 from twelve.engine.request import Completion, Delta, Request
-from twelve.engine.sampler import log_probability, make_sampler
-from twelve.engine.turn import FairLock
+from twelve.engine.runner import Runner, make_runner, model_identity
+from twelve.engine.scheduler import Scheduler, pages_for
+from twelve.engine.score import score
+from twelve.engine.sequence import Sequence, Status
+from twelve.engine.speculate import Speculation
+from twelve.engine.stepper import Stats, Stepper
+from twelve.engine.turns import Turns
 from twelve.errors import InputError
+
+MOST_KV_MEMORY = 4 * 2**30  # bytes, unless asked for more
 
 
 class ContextLengthError(InputError):
@@ -17,28 +27,114 @@ class ContextLengthError(InputError):
 
 
 class Engine:
-    """Runs a model in evaluation mode. Threads may share it: their requests are served in the order they came."""
+    """Runs a model in evaluation mode.
 
-    def __init__(self, model, tokenizer, prefill_chunk: int = 512):
+    There is no thread behind it: of those that wait for an answer one computes the next step for all, and whoever has
+    what it waited for goes on. A consumer that takes its time holds nobody up.
+    """
+
+    def __init__(
+        self, model, tokenizer, *, prefill_chunk: int = 512, kv_memory: int | None = None, max_sequences: int = 512,
+        tiers=None, speculation: str = "auto", runner: Runner | None = None,
+    ) -> None:  # fmt: skip
+        """prefill_chunk: rows of prompts in a step. kv_memory: bytes for keys and values (default: a quarter of what is
+        free, at most 4 GiB, at least one full context); only what is used is taken. tiers: see `tiers.Tiers`.
+        speculation: see `speculate.MODES`. InputError for a memory of less than one page.
+        """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.context = model.config.max_position_embeddings  # tokens of a prompt and its completion together
         self.prefill_chunk = prefill_chunk
-        self._device = next(model.parameters()).device
-        self._turn = FairLock()
+        self.runner = make_runner(model, tokenizer.vocab_size) if runner is None else runner
+        self._page_bytes, most = self.runner.page_bytes, pages_for(self.context)
+        asked = max(free_memory(model) // 4, most * self._page_bytes) if kv_memory is None else kv_memory
+        if kv_memory is None:
+            asked = max(min(asked, MOST_KV_MEMORY), most * self._page_bytes)
+        count = min(asked // self._page_bytes, most * max_sequences)
+        if count < 1:
+            raise InputError(f"{asked:,} bytes for keys and values do not hold one page of {self._page_bytes:,} bytes")
+        self.runner.allocate(count)
+        self._tiers, self._generation = tiers, 0
+        self.pool = PagePool(count, self._identity(), tiers, self.runner)
+        self.scheduler = Scheduler(self.pool, max_sequences, most, prefill_chunk)
+        guesses = Speculation(speculation, bool(getattr(model, "mtp", None)))
+        self.stepper = Stepper(self.runner, self.scheduler, guesses)
         self._pieces: dict[int, bytes] = {}
+        self._turns = Turns(self._settle, self.stepper.step)  # scheduler, pool and runner are the driver's alone
+        self._arrived: list[Sequence] = []  # these two under `changed`
+        self._unwanted: list[Sequence] = []
+
+    @property
+    def exact(self) -> bool:
+        """Whether a sequence gets the same tokens whatever runs beside it, however it was cut or guessed."""
+        return self.runner.exact
+
+    @property
+    def stats(self) -> Stats:
+        return self.stepper.stats
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Complete every request, in order. InputError if one of them cannot be served, before any has begun."""
-        streams = [(request, self.stream(request)) for request in requests]
-        return [collect(request, deltas) for request, deltas in streams]
+        sequences = [self._sequence(request, streamed=False) for request in requests]
+        try:
+            self._submit(sequences)
+            for sequence in sequences:
+                self._turns.run_until(lambda one=sequence: one.status is Status.DONE)
+                if sequence.error is not None:
+                    raise sequence.error
+        finally:
+            self._drop([sequence for sequence in sequences if sequence.status is not Status.DONE])
+        return [sequence.completion() for sequence in sequences]
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """Complete one request step by step; closing the iterator stops it at once.
 
-        The request is checked here and waits for its turn at the first `next`. The turn ends with the iterator: a
-        thread that asks for a second stream while it holds an open one waits for itself.
+        The request is checked here and joins the others at the first `next`.
         """
+        return self._stream(self._sequence(request, streamed=True))
+
+    def _stream(self, sequence: Sequence) -> Iterator[Delta]:
+        try:
+            self._submit([sequence])
+            while True:
+                self._turns.run_until(lambda: sequence.deltas or sequence.status is Status.DONE)
+                while sequence.deltas:
+                    yield sequence.deltas.popleft()
+                if sequence.error is not None:
+                    raise sequence.error
+                if sequence.status is Status.DONE and not sequence.deltas:
+                    return
+        finally:
+            self._drop([sequence])
+
+    def score(self, sequences: Iterable[list[int]]) -> list[np.ndarray]:
+        """The log-probability (natural) of every token but the first of each sequence of ids: [length - 1] each.
+
+        ContextLengthError for one that does not fit the context.
+        """
+        sequences = [list(ids) for ids in sequences]
+        for ids in sequences:
+            if len(ids) > self.context:
+                raise ContextLengthError(f"{len(ids)} tokens exceed the model's context of {self.context}")
+            self._check_memory(len(ids))
+        with self._turns.alone():
+            return score(sequences, self.runner, self.scheduler, self.prefill_chunk)
+
+    def forget(self) -> None:
+        """The model's weights have changed: what was computed with the old ones is used no more."""
+        with self._turns.alone():
+            self.runner.reload()
+            self._generation += 1
+            if self._tiers is not None:
+                self._tiers.clear()
+            self.pool.forget(self._identity())
+
+    def _identity(self) -> bytes:
+        """What the hash chain of the pages begins with. Only tiers can meet pages of another process or model."""
+        start = model_identity(self.model, self.runner) if self._tiers is not None else b""
+        return start + self._generation.to_bytes(8, "little") if self._tiers is None else start
+
+    def _sequence(self, request: Request, streamed: bool) -> Sequence:
         prompt = len(request.prompt_ids)
         if not prompt:
             raise InputError("the prompt is empty: give at least one token")
@@ -47,52 +143,19 @@ class Engine:
                 f"the prompt has {prompt} tokens, and the model's context of {self.context} leaves no room for an "
                 "answer: shorten the prompt"
             )
-        return self._decode(request)
-
-    def _decode(self, request: Request) -> Iterator[Delta]:
-        prompt = list(request.prompt_ids)
-        room = self.context - len(prompt)
-        limit = room if request.max_tokens is None else min(request.max_tokens, room)
+        limit = self.context if request.max_tokens is None else min(prompt + request.max_tokens, self.context)
+        self._check_memory(limit)
         stop_ids = self.tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
-        sample = make_sampler(request.temperature, request.top_p, request.seed)
-        text = TextStream(self._piece, request.stop)
-        with self._turn:
-            yield Delta()  # its turn has come
-            cache = self.model.new_cache(batch_size=1, max_length=len(prompt) + limit)
-            for start in range(0, len(prompt), self.prefill_chunk):
-                logits = self._forward(prompt[start : start + self.prefill_chunk], cache)
-                yield Delta()
-            for count in range(1, limit + 1):
-                token = sample(logits, cache.length)
-                delta = Delta(token_ids=[token])
-                if request.logprobs:
-                    delta.logprobs.append(log_probability(logits, token))
-                ended = token in stop_ids
-                if not ended:
-                    delta.text = text.feed(token)
-                if ended or text.stopped:
-                    delta.finish_reason = "stop"
-                elif count == limit:
-                    delta.finish_reason = "length"
-                if delta.finish_reason:
-                    delta.text += text.flush()
-                yield delta
-                if delta.finish_reason:
-                    return
-                logits = self._forward([token], cache)
+        return Sequence(request, limit, stop_ids, self._piece, streamed)
 
-    # The decorator, not a `with` inside the generator: inference mode belongs to the thread and would leak to whoever
-    # consumes the deltas.
-    @torch.inference_mode()
-    def _forward(self, ids: Sequence[int], cache) -> np.ndarray:
-        """Append ids to the cache; the logits after the last one, [V] float64."""
-        batch = torch.tensor([ids], device=self._device)  # [1, T]
-        logits = self.model(batch, cache=cache, last_only=True)[0, -1]
-        # a model's vocabulary may be padded beyond its tokenizer's
-        logits = logits[: self.tokenizer.vocab_size].cpu().double().numpy()  # not every device has float64
-        if not np.isfinite(logits.max()):
-            raise InputError("the model's output is not a number: its weights are damaged, or its training diverged")
-        return logits
+    def _check_memory(self, tokens: int) -> None:
+        needed = pages_for(tokens)
+        if needed > self.pool.count:
+            raise InputError(
+                f"a sequence of {tokens:,} tokens needs {needed * self._page_bytes:,} bytes for keys and values, and "
+                f"the memory for all of them is {self.pool.count * self._page_bytes:,} bytes: give it more, or ask for "
+                "fewer tokens"
+            )
 
     def _piece(self, token: int) -> bytes:
         """The bytes of a token; none for control tokens, which are no text."""
@@ -101,15 +164,39 @@ class Engine:
             self._pieces[token] = self.tokenizer.decode_bytes([token]) if shown else b""
         return self._pieces[token]
 
+    # --- taking turns -------------------------------------------------------------------------------------------------
 
-def collect(request: Request, deltas: Iterable[Delta]) -> Completion:
-    """Put the deltas of a request together."""
-    done = Completion("", [], [], "length", len(request.prompt_ids))
-    texts = []
-    for delta in deltas:
-        texts.append(delta.text)
-        done.token_ids += delta.token_ids
-        done.logprobs += delta.logprobs
-        done.finish_reason = delta.finish_reason or done.finish_reason
-    done.text = "".join(texts)
-    return done
+    def _submit(self, sequences: list[Sequence]) -> None:
+        with self._turns.changed:
+            self._arrived += sequences
+
+    def _drop(self, sequences: list[Sequence]) -> None:
+        """Nobody wants these any more; whoever drives lets them go, here and now if nobody does."""
+        with self._turns.changed:
+            self._unwanted += sequences
+            if not self._turns.driving:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Let in who has arrived and let go who is unwanted; for the driver, or when there is none."""
+        arrived, self._arrived = self._arrived, []
+        unwanted, self._unwanted = self._unwanted, []
+        for sequence in arrived:
+            if sequence.finish_reason is None:
+                self.scheduler.add(sequence)
+            else:
+                sequence.status = Status.DONE
+        for sequence in unwanted:
+            self.scheduler.remove(sequence)
+
+
+def free_memory(model) -> int:
+    """Bytes that are free where the model is."""
+    device = getattr(model, "device", torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:  # what can be had without swapping; the system call knows only the unused
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

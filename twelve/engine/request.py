@@ -33,6 +33,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length", on the last delta only
+    cached_tokens: int = 0  # of the prompt, those found in the cache; on the first delta only
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Completion:
     logprobs: list[float]  # log-probability (natural) of each, before temperature and top_p; empty if not asked for
     finish_reason: str
     prompt_tokens: int
+    cached_tokens: int = field(default=0, compare=False)  # of the prompt, those found in the cache
 
     @property
     def completion_tokens(self) -> int:

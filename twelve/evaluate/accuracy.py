@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,8 +15,10 @@ from twelve import tasks
 from twelve.data.chat import encode_prompt, split_reasoning
 from twelve.engine import Completion, ContextLengthError, Engine, Request, sub_seed
 from twelve.errors import InputError
+from twelve.tasks.problem import Problem
 
 KEPT_SAMPLES = 8
+GROUP = 64  # problems that are answered together
 
 
 @dataclass
@@ -60,13 +63,9 @@ def task_accuracy(
     if not asked:
         raise InputError(f"{task} has no test problems of level {level} in {language}")
     result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0)
-    for index, problem in enumerate(tqdm(asked, desc=f"{task} {language} {level}", unit="problem", leave=False)):
-        prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem.question}])
-        request = Request(prompt, max_tokens, temperature, seed=sub_seed(seed, index))
-        try:
-            [answer] = engine.generate([request])
-        except ContextLengthError:  # the model cannot even read it
-            answer = Completion("", [], [], "length", len(prompt))
+    bar = tqdm(total=len(asked), desc=f"{task} {language} {level}", unit="problem", leave=False)
+    for index, (problem, answer) in enumerate(_answers(engine, tokenizer, asked, seed, temperature, max_tokens)):
+        bar.update()
         score = scorer.score(problem, answer.text)
         result.score += score
         result.cut_short += answer.finish_reason == "length"
@@ -75,5 +74,28 @@ def task_accuracy(
             reasoning, text = split_reasoning(answer.text)
             sample = {"prompt": problem.question, "reasoning": reasoning, "text": text}
             result.samples.append({**sample, "expected": problem.answer, "score": score})
+    bar.close()
     result.seconds = time.monotonic() - started
     return result
+
+
+def _answers(
+    engine: Engine, tokenizer, problems: list[Problem], seed: int, temperature: float, max_tokens: int
+) -> Iterator[tuple[Problem, Completion]]:
+    """Every problem with its answer, in order; those of a group are made at once."""
+    for start in range(0, len(problems), GROUP):
+        group = problems[start : start + GROUP]
+        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": problem.question}]) for problem in group]
+        requests = [
+            Request(prompt, max_tokens, temperature, seed=sub_seed(seed, start + index))
+            for index, prompt in enumerate(prompts)
+        ]
+        try:
+            yield from zip(group, engine.generate(requests), strict=True)
+        except ContextLengthError:  # one of them; before any has begun
+            for problem, request in zip(group, requests, strict=True):
+                try:
+                    [answer] = engine.generate([request])
+                except ContextLengthError:  # the model cannot even read it
+                    answer = Completion("", [], [], "length", len(request.prompt_ids))
+                yield problem, answer

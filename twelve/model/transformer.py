@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from twelve.config import ModelConfig
 from twelve.errors import InputError
 from twelve.model.attention import GroupedQueryAttention, LatentAttention, LayerCache, Positions
-from twelve.model.decode import make_decoder
 from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
 from twelve.model.moe import Experts, MoE, Router, Routing
 from twelve.model.mtp import MTPModule, shift_targets
@@ -44,12 +43,11 @@ class Cache:
     """The past of a batch of sequences of equal length: per layer only what its attention needs."""
 
     def __init__(self, model: Transformer, batch_size: int, max_length: int) -> None:
-        like = model.embed_tokens.weight
+        like = model.norm.weight
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         self.layers = [LayerCache(batch_size, max_length, b.self_attn.cache_shapes(), like) for b in blocks]
         self.batch_size, self.max_length, self.length = batch_size, max_length, 0
         self.depth = len(model.layers)
-        self.decoder = make_decoder(model, self)  # runs single tokens, where it can
 
     @property
     def bytes_per_token(self) -> int:
@@ -110,7 +108,7 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.norm.weight.device
 
     def compile_layers(self) -> None:
         """Compile the decoder layers; those of one shape share their code, so time does not grow with depth.
@@ -141,7 +139,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + length, device=device)[None]
         angles = positions[..., None].float() * frequencies
-        dtype = self.embed_tokens.weight.dtype
+        dtype = self.norm.weight.dtype  # of a parameter that is never packed
         cos, sin = ((f(angles) * scale).to(dtype)[:, :, None] for f in (torch.cos, torch.sin))
         mask = None
         if documents is not None:
@@ -173,9 +171,6 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if cache is not None and start + ids.shape[1] > cache.max_length:
             raise ValueError(f"{start} cached and {ids.shape[1]} new tokens do not fit a cache of {cache.max_length}")
-        if cache is not None and cache.decoder is not None and ids.numel() == 1 and not torch.is_grad_enabled():
-            cache.length += 1
-            return cache.decoder(ids.item(), start).view(1, 1, -1)
         x, _ = self.hidden(ids, self.positions(ids, start, positions, documents), cache)
         if cache is not None:
             cache.length += ids.shape[1]

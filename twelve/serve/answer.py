@@ -25,6 +25,7 @@ class Part:
 
     texts: list[tuple[str, str]]  # (kind, text), kind "reasoning" or "content"
     logprobs: list[dict]
+    finish_reason: str | None = None
 
 
 class Answer:
@@ -36,7 +37,7 @@ class Answer:
             logprobs=chat.logprobs,
         )  # fmt: skip
         self.index = index
-        self.prompt_tokens, self.completion_tokens = len(prompt.ids), 0
+        self.prompt_tokens, self.completion_tokens, self.cached_tokens = len(prompt.ids), 0, 0
         self.finish_reason: str | None = None
         self._tokenizer = engine.tokenizer
         self._splitter = prompt.splitter()
@@ -57,10 +58,11 @@ class Answer:
 
     def _read(self, delta: Delta) -> Part:
         self.completion_tokens += len(delta.token_ids)
+        self.cached_tokens += delta.cached_tokens
         self.finish_reason = delta.finish_reason
         texts = self._splitter.feed(delta.text) + (self._splitter.flush() if delta.finish_reason else [])
         drawn = zip(delta.token_ids, delta.logprobs, strict=False)  # no logprobs unless asked for
-        return Part(texts, [self._logprob(token, logprob) for token, logprob in drawn])
+        return Part(texts, [self._logprob(token, logprob) for token, logprob in drawn], delta.finish_reason)
 
     def _logprob(self, token: int, logprob: float) -> dict:
         data = self._tokenizer.decode_bytes([token])
@@ -69,47 +71,50 @@ class Answer:
 
 async def whole_answer(head: dict, answers: list[Answer]) -> dict:
     """The answer in one piece."""
-    choices = []
-    for answer in answers:
-        said = {"content": [], "reasoning": []}
-        logprobs = []
-        async for part in answer.parts():
+    said = [{"content": [], "reasoning": [], "logprobs": []} for _ in answers]
+    async with aclosing(together(answers)) as parts:
+        async for answer, part in parts:
             if part is not None:
-                logprobs += part.logprobs
+                said[answer.index]["logprobs"] += part.logprobs
                 for kind, text in part.texts:
-                    said[kind].append(text)
-        choices.append({
+                    said[answer.index][kind].append(text)
+    choices = [
+        {
             "index": answer.index,
-            "message": protocol.message("".join(said["content"]), "".join(said["reasoning"])),
+            "message": protocol.message("".join(own["content"]), "".join(own["reasoning"])),
             "finish_reason": answer.finish_reason,
-            "logprobs": {"content": logprobs} if logprobs else None,
-        })  # fmt: skip
+            "logprobs": {"content": own["logprobs"]} if own["logprobs"] else None,
+        }
+        for answer, own in zip(answers, said, strict=True)
+    ]
     return {**head, "object": "chat.completion", "choices": choices, "usage": total_usage(answers)}
 
 
 async def stream_events(head: dict, chat: ChatRequest, answers: list[Answer]) -> AsyncIterator[str]:
-    """The answer as server-sent events, one choice after the other."""
+    """The answer as server-sent events, those of all choices as they come."""
     head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if chat.include_usage else {})
 
-    def chunk(delta: dict, logprobs: list[dict], finish_reason: str | None = None) -> str:
+    def chunk(answer: Answer, delta: dict, logprobs: list[dict], finish_reason: str | None = None) -> str:
         choice = {"index": answer.index, "delta": delta, "finish_reason": finish_reason}
         choice["logprobs"] = {"content": logprobs} if logprobs else None
         return protocol.event({**head, "choices": [choice]})
 
+    waiting = [[] for _ in answers]  # logprobs of tokens whose text is held back
     try:
         for answer in answers:
-            yield chunk({"role": "assistant", "content": ""}, [])
-            waiting = []  # logprobs of tokens whose text is held back
-            async with aclosing(answer.parts()) as parts:
-                async for part in parts:
-                    if part is None:
-                        yield ": still working\n\n"
-                        continue
-                    waiting += part.logprobs
-                    for kind, text in part.texts:
-                        yield chunk(protocol.delta(kind, text), waiting)
-                        waiting = []
-            yield chunk({}, waiting, answer.finish_reason)
+            yield chunk(answer, {"role": "assistant", "content": ""}, [])
+        async with aclosing(together(answers)) as parts:
+            async for answer, part in parts:
+                if part is None:
+                    yield ": still working\n\n"
+                    continue
+                held = waiting[answer.index]
+                held += part.logprobs
+                for kind, text in part.texts:
+                    yield chunk(answer, protocol.delta(kind, text), held)
+                    held.clear()
+                if part.finish_reason:
+                    yield chunk(answer, {}, held, part.finish_reason)
         if chat.include_usage:
             yield protocol.event({**head, "choices": [], "usage": total_usage(answers)})
     except Exception as error:  # the status line is gone: tell it in the stream
@@ -117,8 +122,40 @@ async def stream_events(head: dict, chat: ChatRequest, answers: list[Answer]) ->
     yield protocol.event("[DONE]")
 
 
+async def together(answers: list[Answer]) -> AsyncIterator[tuple[Answer, Part | None]]:
+    """The parts of all answers as they come, so that the engine works on all at once."""
+    queue = asyncio.Queue()
+
+    async def pump(answer: Answer) -> None:
+        error: Exception | None = None
+        try:
+            async with aclosing(answer.parts()) as parts:
+                async for part in parts:
+                    queue.put_nowait((answer, part, False))
+        except Exception as caught:
+            error = caught
+        queue.put_nowait((answer, error, True))
+
+    pumps = [asyncio.ensure_future(pump(answer)) for answer in answers]
+    try:
+        left = len(pumps)
+        while left:
+            answer, part, ended = await queue.get()
+            if not ended:
+                yield answer, part
+            elif part is not None:
+                raise part
+            else:
+                left -= 1
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
 def total_usage(answers: list[Answer]) -> dict:
-    return protocol.usage(answers[0].prompt_tokens, sum(answer.completion_tokens for answer in answers))
+    drawn = sum(answer.completion_tokens for answer in answers)
+    return protocol.usage(answers[0].prompt_tokens, drawn, answers[0].cached_tokens)
 
 
 async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterator[Delta | None]:
@@ -131,12 +168,12 @@ async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterat
             for delta in deltas:
                 if left.is_set():
                     return
-                if delta.token_ids:  # the rest has nothing for the client, and a client left in silence gives up
+                if delta.token_ids or delta.cached_tokens:  # the rest has nothing for the client
                     loop.call_soon_threadsafe(queue.put_nowait, (delta, None))
         except Exception as error:
             end = error
         finally:
-            deltas.close()  # passes the engine on to the next in line
+            deltas.close()  # makes room for others
         if not left.is_set():
             loop.call_soon_threadsafe(queue.put_nowait, (None, end))
 

@@ -93,11 +93,13 @@ def delta(kind: str, text: str) -> dict:
     return {"content": text} if kind == "content" else {"reasoning_content": text, "reasoning": text}
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict:
+    """`cached_tokens` are those of the prompt that did not have to be read again."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 

@@ -40,6 +40,7 @@ def sft(
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
         config = convert.load_config(source)
+        convert.require_floats(source)
         words = convert.load_tokenizer(source)
         shards = folder / "training" / "data"
         tokenize(paths, shards, words, progress=not quiet)

@@ -1,0 +1,351 @@
+"""Build, find and call kernels/: a whole step of many sequences in one native call, on a CPU.
+
+The source is compiled on first use (some ten seconds) and kept in the user's cache folder. Where there is no compiler
+`available` is false and `runner.PlainRunner`, the twin, computes. TWELVE_NATIVE=0 in the environment turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from twelve.engine.runner import PAGE, Step, page_shape
+from twelve.engine.sampler import NOT_FINITE
+from twelve.errors import InputError
+from twelve.model.rope import inverse_frequencies, softmax_scale
+from twelve.quantize import Packed, QuantizedExperts, QuantizedLinear
+
+SOURCES = Path(__file__).with_name("kernels")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
+HUGE, LINE = 2**21, 64  # bytes
+NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 = range(5)  # matmul.h's Kind
+
+pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def structure(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
+    """A ctypes structure whose fields are given as ("a b c", type)."""
+    split = [(one, kind) for names, kind in fields for one in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": split})
+
+
+Matrix = structure(
+    "Matrix", ("weights scales bias", pointer),
+    ("kind rows columns group has_low weights_stride scales_stride", integer),
+)  # fmt: skip
+LAYER_VECTORS = {  # field of step.cpp's Layer: the parameter's name in a block
+    "input_norm": "input_layernorm.weight", "post_norm": "post_attention_layernorm.weight",
+    "q_a_norm": "self_attn.q_a_layernorm.weight", "kv_a_norm": "self_attn.kv_a_layernorm.weight",
+    "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight", "kv_b": "self_attn.kv_b_proj.weight",
+    "router_bias": "mlp.gate.e_score_correction_bias",
+}  # fmt: skip
+LAYER_MATRICES = {  # the module's name; a dense layer's, or that of the shared experts beside routed ones
+    "q_a": "self_attn.q_a_proj", "q_b": "self_attn.q_b_proj", "q": "self_attn.q_proj",
+    "kv_a": "self_attn.kv_a_proj_with_mqa", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "router": "mlp.gate", "gate": "mlp.gate_proj mlp.shared_experts.gate_proj",
+    "up": "mlp.up_proj mlp.shared_experts.up_proj", "down": "mlp.down_proj mlp.shared_experts.down_proj",
+}  # fmt: skip
+Layer = structure(
+    "Layer", (" ".join(LAYER_VECTORS), pointer), (" ".join(LAYER_MATRICES), Matrix),
+    ("expert_gate_up expert_down", Matrix),
+)  # fmt: skip
+Module = structure("Module", ("enorm hnorm norm", pointer), ("eh_proj", Matrix))
+Model = structure(
+    "Model",
+    ("layers modules hidden vocabulary latent heads kv_heads nope rope v_width rank q_rank interleave experts top_k "
+     "expert_width groups top_groups group_best softmax normalise", integer),
+    ("norm_eps latent_eps scale rope_scale routed_scale", number),
+    ("embedding head", Matrix), ("final_norm frequencies layer module", pointer),
+)  # fmt: skip
+Batch = structure("Batch", ("rows sequences page_slots", integer), ("tokens starts positions pages", pointer))
+Draws = structure(
+    "Draws", ("count want_logprobs", integer), ("row target temperature top_p keys tokens logprobs logits", pointer)
+)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled source, or None where it cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or os.environ.get("TWELVE_NATIVE") == "0":
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twelve"
+    sources = [file.read_text() for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
+    # -march=native: a home folder may be shared by machines with different processors
+    key = hashlib.sha256("\n".join([*sources, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    target = cache / f"engine-{key}.so"
+    try:
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder) / target.name
+                command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, timeout=300)
+                os.replace(made, target)
+        found = ctypes.CDLL(str(target))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found.engine_new.restype, found.engine_new.argtypes = pointer, [pointer]
+    found.engine_free.argtypes = [pointer]
+    found.engine_pool.argtypes = [pointer, pointer, pointer, number]
+    found.engine_bound_floats.restype, found.engine_bound_floats.argtypes = integer, [pointer]
+    found.engine_bound.argtypes = [pointer, integer]
+    found.engine_pages.argtypes = [pointer, pointer, pointer]
+    found.engine_step.argtypes = [pointer, pointer, pointer, integer]
+    found.engine_draft.argtypes = [pointer, pointer, pointer, pointer, integer]
+    found.matrix_product.argtypes = [pointer, pointer, integer, pointer, integer]
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor() + platform.machine()
+
+
+def available(model) -> bool:
+    """Whether `NativeRunner` can run this model here: on the CPU, in float32, bfloat16 or packed weights."""
+    weight = model.norm.weight
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and library() is not None
+
+
+def huge_zeros(size: int) -> np.ndarray:
+    """Zeroed memory, uint8 [size], in pages of 2 MiB where the system has them.
+
+    Decoding reads every weight once a token; looking up a small page's address every 4 KiB halves that speed on a
+    virtual machine. Memory is taken as it is written.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(size, np.uint8)
+    memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them
+        pass
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE
+    return whole[start : start + size]
+
+
+@torch.no_grad()
+def settle(model) -> None:
+    """Move a model's weights into one stretch of huge pages, one tensor after the other; they stay the model's own."""
+    tensors = [t for t in dict.fromkeys([*model.parameters(), *model.buffers()]) if not hasattr(t, "settled")]
+    offsets = np.cumsum([0, *(-(-t.nbytes // LINE) * LINE for t in tensors)])
+    memory = torch.from_numpy(huge_zeros(int(offsets[-1])))
+    for tensor, start in zip(tensors, offsets, strict=False):
+        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = place.copy_(tensor)
+        tensor.settled = True
+
+
+class NativeRunner:
+    """A `runner.Runner` that reads the model's own weights where they lie, as floats or packed.
+
+    A row's result depends on its own sequence only, to the last bit: every output is one sum in one fixed order,
+    whichever rows, chunks or threads surround it. Latent attention always runs absorbed; keys are read page by page.
+    Activations are rounded to 8 bits a block of 32 before they meet packed weights, and only there.
+    """
+
+    exact = True
+
+    def __init__(self, model, vocab_size: int, selection: float | None = None) -> None:
+        """selection: the share of a long past's pages that each head reads for a token; None reads all."""
+        self._model, self._vocab_size, self._selection = model, vocab_size, selection
+        self._library = library()
+        settle(model)
+        blocks = [*model.layers, *(module.block for module in model.mtp)]
+        sizes = [sum(int(np.prod(shape)) for shape in block.self_attn.cache_shapes()) for block in blocks]
+        self.page_shape = page_shape(model.config, len(blocks))
+        self.page_bytes = PAGE * sum(sizes) * 4
+        self.cache_bytes_per_token = sum(sizes[: len(model.layers)]) * 4
+        self._engine = None
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the addresses of the weights anew, and copy what is not used where it lies."""
+        model, c = self._model, self._model.config
+        self._kept: list[object] = []  # everything that native code holds the address of
+        blocks = [*model.layers, *(module.block for module in model.mtp)]
+        layers = (Layer * len(blocks))(*map(self._layer, blocks))
+        modules = (Module * max(1, len(model.mtp)))(*map(self._module, model.mtp))
+        frequencies, rope_scale = inverse_frequencies(c)
+        embedding, tied = self._matrix(model.embed_tokens), c.tie_word_embeddings
+        groups, choosing = c.n_group or 1, c.topk_method != "greedy"
+        self._described = Model(
+            layers=len(model.layers), modules=len(model.mtp), hidden=c.hidden_size, vocabulary=self._vocab_size,
+            latent=c.is_mla, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
+            nope=c.qk_nope_head_dim if c.is_mla else 0, rope=c.rope_dim,
+            v_width=c.v_head_dim if c.is_mla else c.head_dim, rank=c.kv_lora_rank or 0, q_rank=c.q_lora_rank or 0,
+            interleave=c.is_mla and c.rope_interleave, experts=c.n_routed_experts or 0,
+            top_k=c.num_experts_per_tok or 0, expert_width=c.moe_intermediate_size or 0, groups=groups,
+            top_groups=(c.topk_group or groups) if choosing else groups,
+            group_best=2 if c.topk_method == "noaux_tc" else 1, softmax=c.scoring_func == "softmax",
+            normalise=c.norm_topk_prob, norm_eps=c.rms_norm_eps, latent_eps=1e-6, scale=softmax_scale(c),
+            rope_scale=rope_scale, routed_scale=c.routed_scaling_factor, embedding=embedding,
+            head=embedding if tied else self._matrix(model.lm_head), final_norm=self._vector(model.norm.weight),
+            frequencies=self._vector(frequencies), layer=ctypes.addressof(layers), module=ctypes.addressof(modules),
+        )  # fmt: skip
+        self._kept += [layers, modules]
+        if self._engine is not None:
+            self._library.engine_free(self._engine)
+        self._engine = self._library.engine_new(ctypes.addressof(self._described))
+        if hasattr(self, "_pool"):
+            self._use_pool()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None) is not None:
+            self._library.engine_free(self._engine)
+
+    # --- the pool -----------------------------------------------------------------------------------------------------
+
+    def allocate(self, pages: int) -> None:
+        # untouched zeros take no memory; kernels may read, not use, a few numbers beyond the last page
+        self._pool = huge_zeros(pages * self.page_bytes + 4 * PAGE).view(np.float32)
+        size = self._library.engine_bound_floats(self._engine) if self._selection is not None else 0
+        self._bounds = huge_zeros(4 * pages * size)
+        self._use_pool()
+
+    def _use_pool(self) -> None:
+        selecting = self._selection is not None
+        bounds = self._bounds.ctypes.data if selecting else None
+        self._library.engine_pool(self._engine, self._pool.ctypes.data, bounds, self._selection if selecting else 1.0)
+
+    @property
+    def pages_read(self) -> tuple[int, int]:
+        """With selection: pages read, and pages of the past, over all layers, heads and rows since the last look."""
+        counts = (integer * 2)()
+        at = ctypes.addressof(counts)
+        self._library.engine_pages(self._engine, at, at + 8)
+        return counts[0], counts[1]
+
+    def page(self, index: int) -> np.ndarray:
+        size = self.page_bytes // 4
+        return self._pool[index * size : (index + 1) * size]
+
+    def write_page(self, index: int, data: np.ndarray) -> None:
+        self.page(index)[:] = data
+        if self._selection is not None:
+            self._library.engine_bound(self._engine, index)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def step(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        self._step = step
+        return self._run(step, step.drawn, step.temperature, step.top_p, step.keys, step.logprobs, step.targets)
+
+    def logits(self, step: Step) -> np.ndarray:
+        """Run a step for the logits [K, V] float32 after its drawn rows."""
+        out = np.empty((len(step.drawn), self._vocab_size), np.float32)
+        self._run(step, step.drawn, step.temperature, step.top_p, step.keys, logits=out)
+        return out
+
+    def draft(
+        self, rows: np.ndarray, following: np.ndarray, drawn: np.ndarray, temperature: np.ndarray, keys: np.ndarray
+    ) -> np.ndarray:
+        step = self._step
+        within = np.searchsorted(step.starts, rows, side="right") - 1
+        sequences, first = np.unique(within, return_index=True)
+        positions = step.positions[sequences] + rows[first] - step.starts[sequences]
+        part = Step(following, np.append(first, len(rows)), positions, step.pages[sequences], drawn, None, None, None)
+        rows = np.ascontiguousarray(rows, np.int64)
+        tokens, _ = self._run(part, drawn, temperature, np.ones_like(temperature), keys, rows=rows)
+        return np.maximum(tokens, 0)  # a bad guess does no harm
+
+    def _run(
+        self, step: Step, drawn, temperature, top_p, keys, want_logprobs=False, targets=None, logits=None, rows=None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        kept = [
+            np.ascontiguousarray(array, kind)
+            for array, kind in (
+                (step.tokens, np.int64), (step.starts, np.int64), (step.positions, np.int64), (step.pages, np.int32),
+                (drawn, np.int64), (temperature, np.float32), (top_p, np.float32), (keys, np.uint32),
+            )
+        ]  # fmt: skip
+        tokens, logprobs = np.empty(len(drawn), np.int64), np.empty(len(drawn), np.float32)
+        targets = None if targets is None else np.ascontiguousarray(targets, np.int64)
+        at = [array.ctypes.data for array in kept]
+        batch = Batch(len(kept[0]), len(kept[2]), kept[3].shape[1], *at[:4])
+        draws = Draws(
+            len(drawn), want_logprobs or targets is not None, at[4], None if targets is None else targets.ctypes.data,
+            *at[5:], tokens.ctypes.data, logprobs.ctypes.data, None if logits is None else logits.ctypes.data,
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        if rows is None:
+            self._library.engine_step(self._engine, ctypes.addressof(batch), ctypes.addressof(draws), threads)
+            if (tokens < 0).any():
+                raise InputError(NOT_FINITE)
+        else:
+            self._library.engine_draft(
+                self._engine, ctypes.addressof(batch), rows.ctypes.data, ctypes.addressof(draws), threads
+            )
+        return tokens, logprobs
+
+    # --- describing the weights ---------------------------------------------------------------------------------------
+
+    def _layer(self, block: nn.Module) -> ctypes.Structure:
+        tensors, modules = dict(block.named_parameters()) | dict(block.named_buffers()), dict(block.named_modules())
+        layer = Layer(**{field: self._vector(tensors.get(name)) for field, name in LAYER_VECTORS.items()})
+        for field, names in LAYER_MATRICES.items():
+            found = next((modules[name] for name in names.split() if name in modules), None)
+            setattr(layer, field, self._matrix(found, copy=field == "router"))
+        if "mlp.experts" in modules:
+            experts = modules["mlp.experts"]
+            packed = isinstance(experts, QuantizedExperts)
+            layer.expert_gate_up = self._packed(experts.gate_up) if packed else self._stack(experts.gate_up_proj)
+            layer.expert_down = self._packed(experts.down) if packed else self._stack(experts.down_proj)
+        return layer
+
+    def _module(self, module: nn.Module) -> ctypes.Structure:
+        norms = (self._vector(norm.weight) for norm in (module.enorm, module.hnorm, module.norm))
+        return Module(*norms, self._matrix(module.eh_proj))
+
+    def _vector(self, tensor: Tensor | None) -> int | None:
+        """The address of a tensor as float32, copied if it is something else."""
+        if tensor is None:
+            return None
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _matrix(self, module: nn.Module | None, copy: bool = False) -> ctypes.Structure:
+        if module is None:
+            return Matrix()
+        bias = self._vector(getattr(module, "bias", None))
+        if isinstance(module, QuantizedLinear):
+            matrix = self._packed(module.packed)
+        else:
+            matrix = self._stack((module.weight.float() if copy else module.weight)[None])
+        matrix.bias = bias
+        return matrix
+
+    def _stack(self, tensor: Tensor) -> ctypes.Structure:
+        """Float matrices [E, rows, columns]."""
+        kept = tensor.detach().contiguous()
+        self._kept.append(kept)
+        kind = BFLOAT16 if kept.dtype == torch.bfloat16 else FLOAT32
+        return Matrix(weights=kept.data_ptr(), kind=kind, rows=kept.shape[1], columns=kept.shape[2],
+                      weights_stride=kept[0].nbytes)  # fmt: skip
+
+    def _packed(self, packed: Packed) -> ctypes.Structure:
+        weights, scales = packed.weights.contiguous(), packed.scales.contiguous()
+        self._kept += [weights, scales]
+        return Matrix(
+            weights=weights.data_ptr(), scales=scales.data_ptr(), kind=PACKED8 if packed.bits == 8 else PACKED4,
+            rows=packed.rows, columns=packed.columns, group=packed.group, has_low=packed.has_low,
+            weights_stride=weights[0].nbytes, scales_stride=scales[0].nbytes,
+        )  # fmt: skip

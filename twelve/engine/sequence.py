@@ -1,0 +1,127 @@
+"""One request under way."""
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+from twelve.engine.detokenize import TextStream
+from twelve.engine.pages import chain_key
+from twelve.engine.request import Completion, Delta, Request
+from twelve.engine.runner import PAGE
+from twelve.engine.sampler import seed_key
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+class Sequence:
+    """Tokens, the pages that hold their keys and values, and what was said so far.
+
+    `tokens` is the prompt and everything drawn; the first `computed` of them are in the pages. One token is missing
+    while it decodes; more are missing while a prompt is read, or read again after it gave way to others.
+    """
+
+    __slots__ = (
+        "_piece",
+        "_text",
+        "acceptance",
+        "arrival",
+        "cached_tokens",
+        "chain",
+        "computed",
+        "deltas",
+        "drafts",
+        "error",
+        "finish_reason",
+        "key",
+        "limit",
+        "logprobs",
+        "ngrams",
+        "pages",
+        "prompt",
+        "request",
+        "sealed",
+        "slot",
+        "status",
+        "stop_ids",
+        "streamed",
+        "tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: Request, limit: int, stop_ids: frozenset[int], piece: Callable[[int], bytes], streamed: bool
+    ) -> None:
+        """It ends with `limit` tokens, prompt included; `piece` gives the bytes of a token; `streamed` makes deltas."""
+        self.request, self.limit, self.stop_ids, self.streamed, self._piece = request, limit, stop_ids, streamed, piece
+        self.tokens = list(request.prompt_ids)
+        self.prompt = len(self.tokens)
+        self.key = seed_key(request.seed)  # [4] uint32
+        self.status, self.arrival, self.slot = Status.WAITING, 0, -1
+        self.computed, self.pages = 0, []
+        self.chain: list[bytes] = []  # keys of its full pages, as far as they were asked for
+        self.sealed = 0  # of its pages, how many are findable
+        self.drafts: list[int] = []  # guesses that the next step checks
+        self.ngrams = self.acceptance = None  # of `speculate`
+        self.cached_tokens: int | None = None  # of the prompt, found in the cache; None before it ran
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self.error: BaseException | None = None
+        self.deltas: deque[Delta] = deque()
+        # The text is made along the way only where somebody reads along, or it decides when to end.
+        self._text = TextStream(piece, request.stop) if streamed or request.stop else None
+        if limit <= self.prompt:
+            self._finish("length")
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are not in the pages yet."""
+        return len(self.tokens) - self.computed
+
+    def page_key(self, index: int, identity: bytes) -> bytes:
+        """The hash chain up to full page `index`."""
+        while len(self.chain) <= index:
+            start = PAGE * len(self.chain)
+            previous = self.chain[-1] if self.chain else identity
+            self.chain.append(chain_key(previous, self.tokens[start : start + PAGE]))
+        return self.chain[index]
+
+    def take(self, token: int, logprob: float) -> None:
+        """Add a drawn token, and end if it is the last."""
+        self.tokens.append(token)
+        if self.request.logprobs:
+            self.logprobs.append(logprob)
+        reason = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
+        if self._text is None:
+            if reason:
+                self._finish(reason)
+            return
+        text = "" if reason == "stop" else self._text.feed(token)
+        reason = "stop" if self._text.stopped else reason
+        if self.streamed:
+            self.deltas.append(Delta(text, [token], [logprob] if self.request.logprobs else []))
+        elif text:
+            self.deltas.append(Delta(text))
+        if reason:
+            self._finish(reason)
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        if self._text is not None:
+            if not self.deltas:
+                self.deltas.append(Delta())
+            last = self.deltas[-1]
+            last.text += self._text.flush()
+            last.finish_reason = reason
+
+    def completion(self) -> Completion:
+        """The whole answer of a request that was not streamed."""
+        drawn = self.tokens[self.prompt :]
+        if self._text is not None:
+            text = "".join(delta.text for delta in self.deltas)
+        else:
+            said = drawn[:-1] if drawn and drawn[-1] in self.stop_ids else drawn
+            text = b"".join(map(self._piece, said)).decode(errors="replace")
+        return Completion(text, drawn, self.logprobs, self.finish_reason, self.prompt, self.cached_tokens or 0)
