@@ -211,7 +211,8 @@ def test_batch_chunk_prefix_preemption_and_guesses_change_nothing(name):
     ]
     alone = [engine_for(model, speculation="off").generate([request])[0] for request in requests]
     modes = ("auto", "ngram", "off") + ("mtp",) * bool(model.mtp)
-    for chunk, mode, pages in [(7, mode, 50) for mode in modes] + [(512, "auto", 5), (1, "ngram", 4)]:
+    few = [(512, "auto", 5), (1, "ngram", 4), (512, "off", 5)]  # pages
+    for chunk, mode, pages in [(7, mode, 50) for mode in modes] + few:
         options = {"kv_memory": pages * PlainRunner(model, 1).page_bytes}
         engine = engine_for(model, prefill_chunk=chunk, speculation=mode, **options)
         for _ in range(2):  # the second time with everything in the cache
@@ -220,7 +221,10 @@ def test_batch_chunk_prefix_preemption_and_guesses_change_nothing(name):
             for one, other in zip(found, alone, strict=True):
                 assert one.logprobs == pytest.approx(other.logprobs, abs=1e-9)
         assert engine.stats.pages == 0 and (engine.stats.cached_tokens >= 64 or pages < 10)
-        assert (engine.stats.preemptions > 0) == (pages < 10)
+        if pages > 10:
+            assert engine.stats.preemptions == 0
+        elif mode == "off":  # how much is guessed, and so who must give way, depends on measured times
+            assert engine.stats.preemptions > 0
         if mode == "mtp" or (mode == "auto" and model.mtp):
             assert engine.stats.drafted > 0
 
