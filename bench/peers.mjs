@@ -46,6 +46,7 @@ async function open(sequences, cells) {
 // every sequence has its own cells here: the library offers no shared ones
 const single = await open(1, size.cells);
 const many = await open(size.streams, size.cells);
+say({loaded: true});
 const token = () => 100 + Math.floor(Math.random() * 40000);
 const prompt = (length) => Array.from({length}, token);
 
@@ -56,10 +57,10 @@ async function timed(run) {
 }
 
 const measurements = {
-    async prefill() {
-        const ids = prompt(size.prefill);
+    async prefill(count) {
+        const ids = prompt(count);
         single.clear();
-        return size.prefill / await timed(() => single.feed([[0, 0, ids]]));
+        return count / await timed(() => single.feed([[0, 0, ids]]));
     },
     async decode(count) {
         single.clear();

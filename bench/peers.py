@@ -44,7 +44,7 @@ from pathlib import Path
 PROMPT, PREFILL, STREAMS, BATCH = 16, 512, 16, 512
 CELLS = 2048  # tokens that the cache of each side holds
 COUNTS = {"decode": 128, "prefill": PREFILL, "streams": 32}  # tokens of a sequence
-WARM = {"decode": 8, "prefill": PREFILL, "streams": 4}
+WARM = {"decode": 8, "prefill": 64, "streams": 4}
 TITLES = {"decode": "decode", "prefill": f"prefill {PREFILL}", "streams": f"{STREAMS} streams"}
 OURS, TRANSFORMERS = "twelve", "transformers float32"
 REQUANTISED = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers of the file types
@@ -67,6 +67,10 @@ def main() -> None:
     from twelve.convert import resolve
     from twelve.errors import InputError
 
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads begin at 1")
+    if wrong := [one for one in options.files if not all(one.partition("="))]:
+        parser.error(f"--files: {wrong[0]} is not NAME=FILE")
     try:
         files = {name: resolve(value) for name, _, value in (one.partition("=") for one in options.files)}
     except InputError as error:
@@ -75,6 +79,7 @@ def main() -> None:
         files |= requantise(options.llama_python, next(iter(files.values())), Path(options.make_files))
 
     peers: list[Peer] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # nobody may stay behind, stopped
     try:
         for name, file in files.items():
             peers += start(options, name, file, first=not peers)
@@ -117,14 +122,14 @@ def turns(options: argparse.Namespace, files: dict[str, Path], peers: list[Peer]
     runs: list[dict] = []
     bandwidths = []
     for turn in range(options.rounds):
+        print(f"round {turn + 1}", file=sys.stderr)
         bandwidths.append(bandwidth(options.threads))
         for file in files:
             there = [peer for peer in peers if peer.file == file]
             shift = turn % len(there)
             for measurement in TITLES:
-                for peer in there[shift:] + there[:shift]:
-                    if measurement in peer.about["measurements"]:
-                        runs.append({"round": turn, **peer.measure(measurement)})
+                able = [p for p in there[shift:] + there[:shift] if measurement in p.about["measurements"]]
+                runs += [{"round": turn, **peer.measure(measurement)} for peer in able]
     result = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "threads": options.threads, "bandwidth_gb_per_second": bandwidths,
@@ -177,7 +182,7 @@ def report(result: dict) -> dict:
     print(f"\nbandwidth {peak:.1f} GB/s (numpy.max over {BUFFER >> 20} MiB, {result['threads']} threads; "
           f"rounds: {', '.join(f'{one:.1f}' for one in result['bandwidth_gb_per_second'])})")  # fmt: skip
     print(f"{'reading weights while decoding; memory':42}{'GB/s':>8}{'share':>8}{'MB a token':>12}"
-          f"{'resident MB':>13}{'of it by model':>16}{'x file':>8}")  # fmt: skip
+          f"{'imports MB':>12}{'+ loading':>11}{'+ running':>11}{'x file':>8}")  # fmt: skip
     reading = []
     sizes = {one["file"]: one["bytes_a_token"] for one in result["sides"] if one["side"] == OURS}
     for one in result["sides"]:
@@ -186,17 +191,22 @@ def report(result: dict) -> dict:
         reading.append({"side": one["side"], "file": one["file"], "gb_per_second": speed, "share": speed / peak})
         print(f"{one['file']:8}{one['side']:34}{speed:8.1f}{speed / peak:8.0%}{size / 1e6:12.1f}", end="")
         if memory := one["memory"]:
-            own = memory["resident"] - memory["before_loading"]
-            print(f"{memory['resident'] / 1e6:13.0f}{own / 1e6:16.0f}{own / result['files'][one['file']]:8.2f}", end="")
+            imports, loaded, end = memory["imported"], memory["loaded"], memory["at_the_end"]
+            share = (end - imports) / result["files"][one["file"]]
+            print(f"{imports / 1e6:12.0f}{(loaded - imports) / 1e6:11.0f}{(end - loaded) / 1e6:11.0f}", end="")
+            print(f"{share:8.2f}", end="")
         print()
-    print(f"the model's memory: all that came after the imports, a cache for up to {CELLS:,} tokens included")
+    cache = next(one["cache_bytes"] for one in result["sides"] if one["side"] == OURS) / 1e6
+    print(f"x file: what came after the imports, the cache for {CELLS:,} tokens included: {cache:.0f} MB in float32 "
+          f"(twelve), {cache / 2:.0f} MB in float16 (llama.cpp)")  # fmt: skip
     idle = max(result["sides"], key=lambda one: one["idle_cores"])
     print(f"left running between its turns a side takes up to {idle['idle_cores']:.2f} cores ({idle['side']}); "
           "all are stopped then")  # fmt: skip
     if others := [run["others"] for run in result["runs"] if run["others"] is not None]:
         print(f"other processes took {statistics.median(others):.2f} cores beside a measurement (median; "
               f"worst {max(others):.2f})")  # fmt: skip
-    named = [{"file": f, "side": s, "measurement": m, "tokens_per_second": value} for (f, s, m), value in medians.items()]
+    named = [dict(zip(("file", "side", "measurement"), key, strict=True), tokens_per_second=value)
+             for key, value in medians.items()]  # fmt: skip
     return {"medians": named, "ratios": ratios, "reading": reading}
 
 
@@ -209,7 +219,7 @@ class Peer:
     def __init__(self, side: str, file: str, command: list[str]) -> None:
         """RuntimeError with what it said last if it does not come up, OSError if there is no such program."""
         self.side, self.file = side, file
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`; a pipe would fill up)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
             env=os.environ | {"PEERS_SIZES": json.dumps(SIZES)},
@@ -217,6 +227,8 @@ class Peer:
         try:
             self._hear()
             self._bare = resident(self._process.pid)
+            self._hear()
+            self._loaded = resident(self._process.pid)
             self.about = {"measurements": list(TITLES), **self._hear()}
             time.sleep(0.3)  # threads may spin for a while
             before, began = cpu_seconds(self._process.pid), time.perf_counter()
@@ -248,7 +260,7 @@ class Peer:
 
     def memory(self) -> dict | None:
         now = resident(self._process.pid)
-        return now and {"resident": now, "before_loading": self._bare}
+        return now and {"imported": self._bare, "loaded": self._loaded, "at_the_end": now}
 
     def end(self) -> None:
         self._process.kill()  # also when it is stopped
@@ -263,7 +275,8 @@ class Peer:
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").splitlines()
         named = [text for text in said if "Error" in text]  # before a stack, or after it
-        raise RuntimeError((named or [text for text in said if text.strip()] or ["it ended without a word"])[-1].strip())
+        named = named or [text for text in said if text.strip()] or ["it ended without a word"]
+        raise RuntimeError(named[-1].strip())
 
 
 def resident(pid: int) -> int | None:
@@ -321,7 +334,7 @@ def requantise(python: str, file: Path, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: folder / f"requantised-{name}.gguf" for name in REQUANTISED}
     for name, target in made.items():
-        command = [python, str(Path(__file__).resolve()), "--requantise", str(file), str(target), str(REQUANTISED[name])]
+        command = [python, __file__, "--requantise", str(file), str(target), str(REQUANTISED[name])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{target} could not be made: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
@@ -346,6 +359,7 @@ def serve(side, file: str, threads: int, flash: bool) -> None:
     made = side()
     say({"imported": True})
     made.load(file, threads, flash)
+    say({"loaded": True})
     offered = [name for name in TITLES if hasattr(made, name)]
     for name in offered:
         getattr(made, name)(WARM[name])
@@ -376,15 +390,18 @@ class Ours:
         self.model, tokenizer = self.twelve.convert.load(file, device="cpu", packed=True)
         c = self.model.config
         token = 2 * 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # bytes of keys and values
-        self.engine = self.twelve.engine.Engine(self.model, tokenizer, kv_memory=CELLS * token, prefill_chunk=BATCH,
-                                                speculation="off")  # fmt: skip
+        self.cache_bytes = CELLS * token
+        self.engine = self.twelve.engine.Engine(
+            self.model, tokenizer, kv_memory=self.cache_bytes, prefill_chunk=BATCH, speculation="off"
+        )
 
     def about(self) -> dict:
         size = sum(tensor.nbytes for tensor in self.model.state_dict().values())
         if not self.model.config.tie_word_embeddings:  # then the embedding is only looked up
             size -= sum(tensor.nbytes for tensor in self.model.embed_tokens.state_dict().values())
-        version = f"twelve {self.twelve.__version__}, {type(self.engine.runner).__name__}, torch {self.torch.__version__}"
-        return {"version": version, "bytes_a_token": size}
+        runner = type(self.engine.runner).__name__
+        version = f"twelve {self.twelve.__version__}, {runner}, torch {self.torch.__version__}"
+        return {"version": version, "bytes_a_token": size, "cache_bytes": self.cache_bytes}
 
     def prefill(self, count: int) -> float:
         return count / self._seconds(1, count, 1)
@@ -484,6 +501,8 @@ class Transformers:
 
     def load(self, file: str, threads: int, flash: bool) -> None:
         self.torch.set_num_threads(threads)
+        # it asks for accelerate before reading any GGUF file, and does not use it for one on the CPU
+        self.transformers.modeling_utils.is_accelerate_available = lambda: True
         path = Path(file)
         self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=self.torch.float32

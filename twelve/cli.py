@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -129,18 +130,24 @@ def quantize(options: Options) -> Result:
 
 def _engine(options: Options):
     from twelve.convert import load
-    from twelve.engine import Engine
+    from twelve.engine import make_engine
 
-    model, tokenizer = load(options.model, device=options.device)
+    folder = options.cache and os.path.expanduser(options.cache)
+    if folder is None and options.cache_disk:
+        raise InputError("--cache-disk says how much, not where: name a folder with --cache FOLDER")
+    model, tokenizer = load(options.model, device=options.device, packed=True)
     if tokenizer is None:
         raise InputError(f"{options.model} has no tokenizer, so it cannot read or write text")
-    return Engine(model, tokenizer)
+    cold = {"cache_folder": folder, "cache_disk": options.cache_disk or DISK} if folder else {}
+    return make_engine(model, tokenizer, **_given(options, ENGINE), **cold)
 
 
 # --- their options ----------------------------------------------------------------------------------------------------
 
 TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "device"}
 SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
+ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
+DISK = 4 * 2**30  # bytes of --cache without --cache-disk
 SAMPLING = {"temperature", "top_p", "max_tokens", "seed"}
 
 
@@ -220,6 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--name", help="of the model in the API (default: the folder's)")
     made.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine only)")
     made.add_argument("--port", type=port, default=8000, help="default: 8000; 0 takes a free one")
+    _engines(made)
     _computing(made, draws=False)
 
     made = verb(convert, "convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder of safetensors.")
@@ -260,7 +268,18 @@ def _sampling(made: argparse.ArgumentParser) -> None:
     made.add_argument("--temperature", type=not_negative, help="0 always takes the most likely token")
     made.add_argument("--top-p", type=share, help="draw from the smallest set that holds this share of probability")
     made.add_argument("--max-tokens", type=positive, help="of an answer")
+    _engines(made)
     _computing(made)
+
+
+def _engines(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--kv-memory", type=size, metavar="SIZE", help="for keys and values (default: a quarter of free)")
+    made.add_argument("--warm-memory", type=size, metavar="SIZE", help="for more of them in 8 bits, which is inexact")
+    made.add_argument("--cache", metavar="FOLDER", help="keep them in files: a known prompt is not read again")
+    made.add_argument("--cache-disk", type=size, metavar="SIZE", help="for these files, at most (default: 4GiB)")
+    made.add_argument("--selection", type=share, metavar="SHARE", help="of a long past that is read (default: all)")
+    made.add_argument("--speculation", choices=("auto", "off", "ngram", "mtp"), metavar="MODE",
+                      help="guessing ahead: auto (default), off, ngram, mtp")  # fmt: skip
 
 
 def _computing(made: argparse.ArgumentParser, draws: bool = True) -> None:
@@ -293,6 +312,15 @@ positive_float = _number(float, lambda value: value > 0, "a number above 0")
 not_negative = _number(float, lambda value: value >= 0, "a number from 0 on")
 
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
+
+
+def size(text: str) -> int:
+    """Bytes, written like 512MiB, 8GiB, 8GB or 1000000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it like 512MiB or 8GiB")
+    power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def device(text: str) -> str:

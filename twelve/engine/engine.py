@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from twelve.engine.score import score
 from twelve.engine.sequence import Sequence, Status
 from twelve.engine.speculate import Speculation
 from twelve.engine.stepper import Stats, Stepper
+from twelve.engine.tiers import Tiers
 from twelve.engine.turns import Turns
 from twelve.errors import InputError
 
@@ -188,6 +190,25 @@ class Engine:
                 sequence.status = Status.DONE
         for sequence in unwanted:
             self.scheduler.remove(sequence)
+
+
+def make_engine(
+    model, tokenizer, *, selection: float | None = None, warm_memory: int = 0, cache_folder: str | Path | None = None,
+    cache_disk: int = 0, **options,
+) -> Engine:  # fmt: skip
+    """An engine with token tiers: `warm_memory` bytes of RAM for pages in 8 bits, `cache_disk` bytes of files.
+
+    Without warm pages the files hold exact copies only, and a hit changes nothing. With them a hit is approximate, and
+    pages of this kind are kept apart from exact ones. selection: see NativeRunner. options: Engine's.
+    """
+    runner = make_runner(model, tokenizer.vocab_size, selection)
+    tiers = None
+    if warm_memory or cache_disk:
+        exact = not warm_memory
+        identity = model_identity(model, runner, selection, exact)
+        tiers = Tiers(identity, runner.page_bytes, runner.page_shape, warm_bytes=warm_memory, folder=cache_folder,
+                      cold_bytes=cache_disk, exact=exact)  # fmt: skip
+    return Engine(model, tokenizer, runner=runner, tiers=tiers, **options)
 
 
 def free_memory(model) -> int:

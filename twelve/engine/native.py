@@ -164,7 +164,13 @@ class NativeRunner:
     exact = True
 
     def __init__(self, model, vocab_size: int, selection: float | None = None) -> None:
-        """selection: the share of a long past's pages that each head reads for a token; None reads all."""
+        """selection: the share of a long past's pages that each head reads for a token; None reads all.
+
+        Of the pages between the first and the last few those are read whose keys, by their bounds, could match the
+        query best (as Quest, arXiv 2406.10774). InputError for a share that is none.
+        """
+        if selection is not None and not 0 < selection <= 1:
+            raise InputError(f"selection {selection} is not a share: choose above 0 and at most 1")
         self._model, self._vocab_size, self._selection = model, vocab_size, selection
         self._library = library()
         settle(model)
@@ -172,6 +178,7 @@ class NativeRunner:
         sizes = [sum(int(np.prod(shape)) for shape in block.self_attn.cache_shapes()) for block in blocks]
         self.page_shape = page_shape(model.config, len(blocks))
         self.page_bytes = PAGE * sum(sizes) * 4
+        self.build = Path(self._library._name).stem  # another compiler's or processor's sums may round otherwise
         self.cache_bytes_per_token = sum(sizes[: len(model.layers)]) * 4
         self._engine = None
         self.reload()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twelve.engine.sampler import check_finite, draw, log_probabilities
+from twelve.errors import InputError
 
 PAGE = 64  # tokens
 TOGETHER = 16  # sequences with at most so many rows run as one batch, padded; longer ones run one by one
@@ -87,22 +88,31 @@ def page_shape(config, layers: int) -> list[tuple[int, ...]]:
     return [(heads * width, PAGE), (heads * PAGE, width)] * layers
 
 
-def model_identity(model, runner: Runner) -> bytes:
-    """A hash of all that decides what a page holds: weights, architecture, precision, runner. Reads all weights."""
-    digest = blake2b(repr((model.config.to_dict(), type(runner).__name__, runner.exact)).encode(), digest_size=16)
+def model_identity(model, runner: Runner, *variants: object) -> bytes:
+    """A hash of all that decides what a page holds: weights, architecture, precision, runner and `variants`.
+
+    Reads all weights.
+    """
+    known = (model.config.to_dict(), type(runner).__name__, getattr(runner, "build", None), *variants)
+    digest = blake2b(repr(known).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.digest()
 
 
-def make_runner(model, vocab_size: int) -> Runner:
-    """The fastest runner for this model, device and precision. Tokens from `vocab_size` on are never drawn."""
-    try:
-        from twelve.engine import native
-    except ImportError:
-        return PlainRunner(model, vocab_size)
-    return native.NativeRunner(model, vocab_size) if native.available(model) else PlainRunner(model, vocab_size)
+def make_runner(model, vocab_size: int, selection: float | None = None) -> Runner:
+    """The fastest runner for this model, device and precision. Tokens from `vocab_size` on are never drawn.
+
+    selection: see NativeRunner; InputError where there is only the plain runner.
+    """
+    from twelve.engine import native
+
+    if native.available(model):
+        return native.NativeRunner(model, vocab_size, selection)
+    if selection is not None:
+        raise InputError("--selection works on a CPU with a C++ compiler (g++) only: leave it out")
+    return PlainRunner(model, vocab_size)
 
 
 class PlainRunner:

@@ -14,6 +14,7 @@ constexpr int TILE_ROWS = 6, PACKED_ROWS = 8;  // accumulators fill the 32 regis
 constexpr int TILE_ROWS = 2, PACKED_ROWS = 2;
 #endif
 constexpr int64_t AHEAD = 2048;  // bytes to fetch before they are needed: twice the speed of waiting for the hardware's guess
+constexpr float OUTLIER = 5;  // times the root mean square of its block
 constexpr int64_t PANEL = 16, BLOCK = 32;  // rows of a packed panel, columns of a block
 
 enum Kind : int64_t { NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 };
@@ -35,30 +36,54 @@ struct Matrix {
 };
 
 // Rows of activations: as they are, and rounded to 8 bits a block of 32 for products with packed weights.
+struct Rounded {
+    int8_t* q;     // [rows, width]
+    float* scale;  // [rows, width / 32]
+    float* total;  // [rows, width / 32], sum of the block's q: whole numbers
+};
 struct Rows {
     float* x;       // [rows, width]
     int64_t width;
-    int8_t* q;      // [rows, width]
-    float* scale;   // [rows, width / 32]
-    float* total;   // [rows, width / 32], sum of the block's q: whole numbers
+    Rounded first, rest;  // the rest: what `first` leaves of blocks with an outlier; zero in the others
+    uint64_t* uneven;     // [rows, width / 2048 up]: a bit for each block that has a rest
+    int64_t words() const { return (width / BLOCK + 63) / 64; }
 };
 
-// Round row r to 8 bits: scale = largest / 127, to the nearest, halves to even.
+// One block in 8 bits: scale = largest / 127, to the nearest, halves to even. x is left with what is lost.
+INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t block) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const float top = largest(larger(larger(low, -low), larger(high, -high))), scale = top / 127.0f;
+    const float inverse = top > 0 ? 127.0f / top : 0.0f;
+    const IVec i = bits(low * inverse + shift) - bits(shift), j = bits(high * inverse + shift) - bits(shift);
+    const Bytes p = __builtin_convertvector(i, Bytes), q = __builtin_convertvector(j, Bytes);
+    std::memcpy(to.q + block * BLOCK, &p, 16);
+    std::memcpy(to.q + block * BLOCK + 16, &q, 16);
+    to.scale[block] = scale;
+    to.total[block] = sum(__builtin_convertvector(i + j, Vec));
+    low = low - __builtin_convertvector(i, Vec) * scale;
+    high = high - __builtin_convertvector(j, Vec) * scale;
+}
+
+// Round row r. A value far above its block's others would leave them few of the 8 bits: what is lost there is rounded
+// again, and such blocks are multiplied twice.
 static void round_row(const Rows& rows, int64_t r) {
-    const Vec shift = splat(12582912.0f);
+    const int64_t blocks = rows.width / BLOCK;
     const float* x = rows.x + r * rows.width;
-    for (int64_t b = 0; b < rows.width / BLOCK; ++b) {
+    std::memset(rows.uneven + r * rows.words(), 0, rows.words() * 8);
+    for (int64_t b = 0; b < blocks; ++b) {
         Vec low = load(x + b * BLOCK), high = load(x + b * BLOCK + LANES);
-        float top = largest(larger(larger(low, -low), larger(high, -high)));
-        float inverse = top > 0 ? 127.0f / top : 0.0f;
-        IVec i = bits(low * inverse + shift) - bits(shift), j = bits(high * inverse + shift) - bits(shift);
-        typedef int8_t Bytes __attribute__((vector_size(16)));
-        Bytes p = __builtin_convertvector(i, Bytes), q = __builtin_convertvector(j, Bytes);
-        int8_t* out = rows.q + r * rows.width + b * BLOCK;
-        std::memcpy(out, &p, 16);
-        std::memcpy(out + 16, &q, 16);
-        rows.scale[r * (rows.width / BLOCK) + b] = top / 127.0f;
-        rows.total[r * (rows.width / BLOCK) + b] = sum(__builtin_convertvector(i + j, Vec));
+        const float power = sum(low * low + high * high);
+        const int64_t at = r * blocks + b;
+        round_block(low, high, rows.first, at);
+        const float top = rows.first.scale[at] * 127.0f;
+        if (top * top * BLOCK > OUTLIER * OUTLIER * power) {
+            round_block(low, high, rows.rest, at);
+            rows.uneven[r * rows.words() + b / 64] |= uint64_t(1) << b % 64;
+        } else {
+            std::memset(rows.rest.q + at * BLOCK, 0, BLOCK);
+            rows.rest.scale[at] = rows.rest.total[at] = 0;
+        }
     }
 }
 
@@ -203,43 +228,54 @@ INLINE Vec halves(const uint16_t* p) {  // sixteen float16
 #endif
 }
 
-// out[m] = sixteen outputs of row m: one panel times M rows
+// acc[m] += one block of a panel times the block at `q`, `scale` and `total` of M rows
+template <int M, int BITS, bool LOW>
+INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const int8_t* q, int64_t width, const float* scale, const float* total,
+                       int64_t step, Vec* acc) {
+    constexpr float OFFSET = LOW ? 0 : 1 << (BITS - 1);
+    constexpr int CHAINS = M < 4 ? 2 : 1;  // few rows wait for their own sums: whole numbers may be added in any order
+    IVec sum[CHAINS][M] = {};
+    auto at = [&](int m, int column) { int32_t x; std::memcpy(&x, q + m * width + column, 4); return x; };
+    for (int c = 0; c < BITS; ++c) {
+        __builtin_prefetch(w + c * 64 + AHEAD);
+        BVec bytes;
+        std::memcpy(&bytes, w + c * 64, 64);
+        if constexpr (BITS == 4) {
+            BVec first = bytes & 15, second = (bytes >> 4) & 15;
+            for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, at(m, 4 * c));
+            for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, at(m, 16 + 4 * c));
+        } else {
+            for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, at(m, 4 * c));
+        }
+    }
+    const Vec d = halves(scales);
+    for (int m = 0; m < M; ++m) {
+        // whole numbers below 2^24, so the conversions are exact
+        Vec y = __builtin_convertvector(CHAINS == 1 ? sum[0][m] : sum[0][m] + sum[CHAINS - 1][m], Vec);
+        if constexpr (!LOW) y = y - OFFSET * total[m * step];
+        acc[m] += y * (d * scale[m * step]);
+    }
+    if constexpr (LOW) {
+        const Vec low = halves(scales + PANEL);
+        for (int m = 0; m < M; ++m) acc[m] += low * (scale[m * step] * total[m * step]);
+    }
+}
+
+// out[m] = sixteen outputs of row r + m: one panel times M rows
 template <int M, int BITS, bool LOW>
 static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks, int64_t blocks_per_group, const Rows& in,
                        int64_t r, Vec* out) {
-    constexpr int OFFSET = LOW ? 0 : 1 << (BITS - 1);
     const int64_t width = in.width, step = width / BLOCK;
-    const int8_t* q = in.q + r * width;
-    const float *scale = in.scale + r * step, *total = in.total + r * step;
     Vec acc[M] = {};
-    for (int64_t b = 0, left = blocks_per_group; b < blocks; ++b, --left, q += BLOCK) {
+    uint64_t uneven = 0;
+    for (int64_t b = 0, left = blocks_per_group; b < blocks; ++b, --left, w += 64 * BITS, uneven >>= 1) {
         if (left == 0) left = blocks_per_group, scales += LOW ? 2 * PANEL : PANEL;
-        constexpr int CHAINS = M < 4 ? 2 : 1;  // few rows wait for their own sums: whole numbers may be added in any order
-        IVec sum[CHAINS][M] = {};
-        for (int c = 0; c < BITS; ++c, w += 64) {
-            __builtin_prefetch(w + AHEAD);
-            BVec bytes;
-            std::memcpy(&bytes, w, 64);
-            auto at = [&](int m, int column) { int32_t x; std::memcpy(&x, q + m * width + column, 4); return x; };
-            if constexpr (BITS == 4) {
-                BVec first = bytes & 15, second = (bytes >> 4) & 15;
-                for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, at(m, 4 * c));
-                for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, at(m, 16 + 4 * c));
-            } else {
-                for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, at(m, 4 * c));
-            }
-        }
-        Vec d = halves(scales);
-        for (int m = 0; m < M; ++m) {
-            // whole numbers below 2^24, so the conversions are exact
-            Vec y = __builtin_convertvector(CHAINS == 1 ? sum[0][m] : sum[0][m] + sum[CHAINS - 1][m], Vec);
-            if constexpr (!LOW) y = y - (float)OFFSET * total[m * step + b];
-            acc[m] += y * (d * scale[m * step + b]);
-        }
-        if constexpr (LOW) {
-            Vec low = halves(scales + PANEL);
-            for (int m = 0; m < M; ++m) acc[m] += low * (scale[m * step + b] * total[m * step + b]);
-        }
+        if (b % 64 == 0)
+            for (int m = 0; m < M; ++m) uneven |= in.uneven[(r + m) * in.words() + b / 64];
+        const int64_t at = r * step + b;
+        block_rows<M, BITS, LOW>(w, scales, in.first.q + at * BLOCK, width, in.first.scale + at, in.first.total + at, step, acc);
+        if (uneven & 1)  // for rows without a rest here this adds zero
+            block_rows<M, BITS, LOW>(w, scales, in.rest.q + at * BLOCK, width, in.rest.scale + at, in.rest.total + at, step, acc);
     }
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }

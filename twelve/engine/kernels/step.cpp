@@ -76,19 +76,36 @@ static void gated(float* out, const float* gate, const float* up, int64_t n) {  
 
 // Memory for rows of activations that only grows.
 struct Buffer {
-    Array<float> x, scale, total;
-    Array<int8_t> q;
+    Array<float> x, numbers[4];
+    Array<int8_t> bytes[2];
+    Array<uint64_t> uneven;
     Rows rows{};
     void fit(int64_t count, int64_t width) {
-        int64_t blocks = whole(width, BLOCK) / BLOCK;
-        if (x.size() < (size_t)(count * width + LANES)) x.resize(count * width + LANES);
-        if (q.size() < (size_t)(count * blocks * BLOCK)) q.resize(count * blocks * BLOCK), scale.resize(count * blocks), total.resize(count * blocks);
-        rows = {x.data(), width, q.data(), scale.data(), total.data()};
+        const int64_t blocks = whole(width, BLOCK) / BLOCK, words = whole(blocks, 64) / 64;
+        auto grow = [](auto& v, int64_t size) { if (v.size() < (size_t)size) v.resize(size); };
+        grow(x, count * width + LANES), grow(uneven, count * words);
+        for (auto& v : numbers) grow(v, count * blocks);
+        for (auto& v : bytes) grow(v, count * blocks * BLOCK);
+        rows = {x.data(), width, {bytes[0].data(), numbers[0].data(), numbers[1].data()},
+                {bytes[1].data(), numbers[2].data(), numbers[3].data()}, uneven.data()};
     }
     float* row(int64_t r) { return rows.x + r * rows.width; }
     Rows from(int64_t r) const {
-        int64_t blocks = rows.width / BLOCK;
-        return {rows.x + r * rows.width, rows.width, rows.q + r * rows.width, rows.scale + r * blocks, rows.total + r * blocks};
+        Rows part = rows;
+        part.x += r * rows.width;
+        for (Rounded* one : {&part.first, &part.rest})
+            one->q += r * rows.width, one->scale += r * (rows.width / BLOCK), one->total += r * (rows.width / BLOCK);
+        part.uneven += r * rows.words();
+        return part;
+    }
+    void copy_rounded(int64_t i, const Rows& from, int64_t r) {
+        const int64_t width = rows.width, blocks = width / BLOCK;
+        for (auto [to, one] : {std::pair{&rows.first, &from.first}, std::pair{&rows.rest, &from.rest}}) {
+            std::memcpy(to->q + i * width, one->q + r * width, width);
+            std::memcpy(to->scale + i * blocks, one->scale + r * blocks, blocks * sizeof(float));
+            std::memcpy(to->total + i * blocks, one->total + r * blocks, blocks * sizeof(float));
+        }
+        std::memcpy(rows.uneven + i * rows.words(), from.uneven + r * rows.words(), rows.words() * 8);
     }
 };
 
@@ -532,14 +549,8 @@ struct Engine {
     }
 
     static void copy_row(Buffer& to, int64_t i, const Buffer& from, int64_t r, bool rounded) {
-        const int64_t width = from.rows.width, blocks = width / BLOCK;
-        if (!rounded) {
-            std::memcpy(to.row(i), from.rows.x + r * width, width * sizeof(float));
-            return;
-        }
-        std::memcpy(to.rows.q + i * width, from.rows.q + r * width, width);
-        std::memcpy(to.rows.scale + i * blocks, from.rows.scale + r * blocks, blocks * sizeof(float));
-        std::memcpy(to.rows.total + i * blocks, from.rows.total + r * blocks, blocks * sizeof(float));
+        if (rounded) to.copy_rounded(i, from.rows, r);
+        else std::memcpy(to.row(i), from.rows.x + r * from.rows.width, from.rows.width * sizeof(float));
     }
 
     // --- after the layers ------------------------------------------------------------------------------------------------
