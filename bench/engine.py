@@ -56,28 +56,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
 
-    def table(run: Callable, **model) -> argparse.ArgumentParser:
+    def table(run: Callable, model: dict | None = None) -> argparse.ArgumentParser:
         made = tables.add_parser(run.__name__, parents=[common], help=run.__doc__.splitlines()[0])
         made.set_defaults(run=run)
-        if model:
+        if model is not None:
             made.add_argument("model", metavar="MODEL", **model)
         return made
 
-    made = table(packed, help="a float model of this project, with a tokenizer")
+    made = table(packed, {"help": "a float model of this project, with a tokenizer"})
     made.add_argument("--text", metavar="FILE", required=True, help="what bits per byte are measured on")
     made.add_argument("--calibration", metavar="FILE", required=True, help="other text, which GPTQ fits 4 bits to")
     made.add_argument("--documents", type=int, default=60, help="of --text, at most")
-    made = table(prefix, nargs="+")
+    made = table(prefix, {"nargs": "+"})
     made.add_argument("--tokens", type=int, default=2000, help="of the prompt, as far as the model's context allows")
     made.add_argument("--folder", metavar="DIR", help="for the files: on a disk, not in memory (default: TMPDIR)")
-    made = table(sampling, nargs="?", default="smollm2", help="the largest (default: smollm2); none: leave it out")
+    made = table(sampling, {"nargs": "?", "default": "smollm2", "help": "the largest (default: smollm2); none: no such"})
     made.add_argument("--large-rounds", type=int, default=1, help="of MODEL, which takes minutes")
     made.add_argument("--sequences", type=int, default=256)
-    made = table(speculation)
+    made = table(speculation, {})
     made.add_argument("--text", metavar="FILE", required=True)
     made.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     table(decode)
-    made = table(plain)
+    made = table(plain, {})
     made.add_argument("--packed", action="store_true", help="keep packed weights, which the plain one unpacks at use")
     options = parser.parse_args()
     perform(parser, options, options.run)
@@ -116,7 +116,7 @@ def interleave(variants: dict[str, Callable[[], dict]], rounds: int, warm: bool 
     for name in names if warm else ():
         variants[name]()
     for turn in range(rounds):
-        shift = turn % len(names)
+        shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
             runs[name].append(variants[name]())
     return runs
@@ -536,7 +536,8 @@ def plain(options) -> dict:
 
 def differing(alone: list[Completion], together: list[Completion]) -> dict[str, float]:
     """Shares of tokens and of sequences that differ, and the chance of a first difference at a token."""
-    unlike = [[x != y for x, y in zip(a.token_ids, b.token_ids, strict=True)] for a, b in zip(alone, together, strict=True)]
+    pairs = [(a.token_ids, b.token_ids) for a, b in zip(alone, together, strict=True)]
+    unlike = [[x != y for x, y in zip(*pair, strict=True)] for pair in pairs]
     flipped = sum(map(any, unlike))
     until = sum(one.index(True) + 1 if any(one) else len(one) for one in unlike)
     total = sum(map(len, unlike))

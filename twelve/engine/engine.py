@@ -131,6 +131,11 @@ class Engine:
                 self._tiers.clear()
             self.pool.forget(self._identity())
 
+    def close(self) -> None:
+        """Finish writing what is on its way to the disk. An engine without tiers needs no closing."""
+        if self._tiers is not None:
+            self._tiers.close()
+
     def _identity(self) -> bytes:
         """What the hash chain of the pages begins with. Only tiers can meet pages of another process or model."""
         start = model_identity(self.model, self.runner) if self._tiers is not None else b""
