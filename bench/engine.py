@@ -70,7 +70,7 @@ def main() -> None:
     made = table(prefix, {"nargs": "+"})
     made.add_argument("--tokens", type=int, default=2000, help="of the prompt, as far as the model's context allows")
     made.add_argument("--folder", metavar="DIR", help="for the files: on a disk, not in memory (default: TMPDIR)")
-    made = table(sampling, {"nargs": "?", "default": "smollm2", "help": "the largest (default: smollm2); none: no such"})
+    made = table(sampling, {"nargs": "?", "default": "smollm2", "help": "default: smollm2; none: small ones only"})
     made.add_argument("--large-rounds", type=int, default=1, help="of MODEL, which takes minutes")
     made.add_argument("--sequences", type=int, default=256)
     made = table(speculation, {})
@@ -78,6 +78,7 @@ def main() -> None:
     made.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     table(decode)
     made = table(plain, {})
+    made.add_argument("--tokens", type=int, default=32, help="of each of 16 sequences, to count flips over")
     made.add_argument("--packed", action="store_true", help="keep packed weights, which the plain one unpacks at use")
     options = parser.parse_args()
     perform(parser, options, options.run)
@@ -283,8 +284,8 @@ def prefix(options) -> dict:
         result[name]["cache_bytes_per_token"] = twins
         sizes += [[f"{name}: {kind}", f"{size:,}", f"{size / cache:.2f}"] for kind, size in twins.items()]
     show("time to the first token", ["tokens", "of them cached", "seconds", "times as fast as new"], rows)
-    print("restarted: a new process; `disk` reads files dropped from the system's page cache first, where that can be "
-          "done, `page cache` reads them again through another engine")  # fmt: skip
+    print("restarted: a new process; on disk: the files are dropped from the system's page cache first, where it lets "
+          "us; page cache: read once more by another engine")  # fmt: skip
     show("keys and values", ["bytes a token", "times the model's"], sizes)
     return result
 
@@ -325,7 +326,7 @@ def twin_bytes(config: ModelConfig, kv_heads: int) -> int:
         return PlainRunner(Transformer(twin), 64).cache_bytes_per_token
 
 
-PER_CORE = {"0.35M": 10_000, "3M": 2_800}  # tokens/s on one core, of a plain PyTorch loop with a batch of 256
+PER_CORE = {"0.35M": 10_000, "3M": 2_800}  # tokens/s of a batch of 256 on one core, measured before this engine was
 
 
 def sampling(options) -> dict:
@@ -364,10 +365,10 @@ def sampling(options) -> dict:
         ratio = "-" if math.isnan(figure) else f"{summary[name]['ratio']:.1f}x"
         rows.append([name, f"{summary[name]['parameters']:,}", spread(found, "tokens_per_second"), ratio,
                      spread(found, "outside_step", ".1%"), spread(found, "outside_products", ".1%")])  # fmt: skip
-    show(f"{options.sequences} x 96 tokens", ["parameters", "tokens/s", f"of {options.threads} cores' figure",
+    show(f"{options.sequences} x 96 tokens", ["parameters", "tokens/s", f"of {options.threads} x a core's",
                                               "outside the native step", "outside products"], rows)  # fmt: skip
-    print("dense models with random weights, prompts of 16; products: every matrix timed by itself with as many rows "
-          f"(attention's own are outside); MODEL {options.large_rounds} rounds")  # fmt: skip
+    print("small ones: dense, random weights; prompts of 16; products: every matrix timed by itself with as many rows, "
+          f"attention's own not counted; {options.large_rounds} rounds of the large one")  # fmt: skip
     return {"runs": runs, "summary": {name: {k: v for k, v in one.items() if v == v} for name, one in summary.items()}}
 
 
@@ -519,7 +520,7 @@ def plain(options) -> dict:
     rows = [[name, *(spread(found, key) for key in ratios)] for name, found in runs.items()]
     show("tokens/s", ["decode", f"prefill {length}", f"{streams} streams"],
          [*rows, ["native, times as fast", *(f"{ratio:.1f}" for ratio in ratios.values())]])  # fmt: skip
-    flips, rows, count = {}, [], 32
+    flips, rows, count = {}, [], options.tokens
     prompts = random_prompts(engines["native"].tokenizer.vocab_size, streams, 16)
     for name, engine in engines.items():
         for kind, temperature in (("greedy", 0.0), ("temperature 1", 1.0)):
@@ -529,8 +530,8 @@ def plain(options) -> dict:
             rows.append([f"{name}, {kind}", f"{found['tokens']:.2%}", f"{found['sequences']:.0%}",
                          f"{found['rate']:.3%}"])  # fmt: skip
     show("batch 1 against 16", ["tokens that differ", "sequences", "first flips a token"], rows)
-    print(f"{streams} prompts, {count} tokens each; after a first flip a sequence goes its own way, so the last column "
-          "counts the tokens up to it only")  # fmt: skip
+    print(f"{streams} prompts, {count} tokens each; after its first flip a sequence goes its own way: the last column "
+          "counts tokens up to it")  # fmt: skip
     return {"runs": runs, "ratios": ratios, "flips": flips}
 
 

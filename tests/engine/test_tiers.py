@@ -407,7 +407,7 @@ def test_any_flipped_bit_is_found(folder):
         assert fetch(tiers, 1) is None and tiers.stats["damaged"] == count
 
 
-def test_a_page_of_another_model_layout_or_key_is_never_used(folder):
+def test_a_page_of_another_model_layout_or_key_is_never_used(folder, caplog):
     tiers = make(folder)
     others = [Tiers(b"another", 4 * FLOATS, SEGMENTS, folder=folder, cold_bytes=100 * FILE),
               Tiers(b"model", 4 * FLOATS, [(1, FLOATS)], folder=folder, cold_bytes=100 * FILE)]  # fmt: skip
@@ -419,6 +419,8 @@ def test_a_page_of_another_model_layout_or_key_is_never_used(folder):
     path(folder, 4).parent.mkdir()
     path(folder, 3).rename(path(folder, 4))
     assert all(fetch(tiers, n) is None for n in (1, 2, 4)) and tiers.stats["damaged"] == 3 and stored(folder) == 0
+    told = [record.getMessage() for record in caplog.records]
+    assert ["another model" in line for line in told] == [True, True, False] and "damaged" in told[2]
 
 
 def test_a_kill_while_pages_are_written_tears_none_that_is_found(folder):

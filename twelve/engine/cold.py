@@ -119,6 +119,9 @@ class ColdFolder:
                 self.shelf.take(key)
             return False
         if not whole or header != self._header(key, coding, buffer):
+            other = len(header) == HEADER.size and header[:8] == _MAGIC and HEADER.unpack(header)[3] != self.digest
+            fault = "belongs to another model" if other else "is damaged or cut short"
+            log.warning("%s %s: it was removed, and its tokens are computed anew", path, fault)
             with contextlib.suppress(OSError):
                 path.unlink()
             with self._mutex:
