@@ -100,6 +100,7 @@ def perform(parser: argparse.ArgumentParser, options: argparse.Namespace, run: C
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads of {os.cpu_count()} ({processor()}), {options.rounds} rounds, "
           f"torch {torch.__version__}")  # fmt: skip
+    random.seed(0)
     try:
         result = run(options)
     except InputError as error:
@@ -177,8 +178,11 @@ class Bare:
         return b""
 
 
-def with_tokenizer(name: str, **options) -> tuple:
-    model, tokenizer = load(name, device="cpu", **options)
+def with_tokenizer(name: str, packed: bool = False, text: bool = False) -> tuple:
+    """Model and tokenizer, its own if it has to read `text`."""
+    model, tokenizer = load(name, device="cpu", packed=packed)
+    if text and tokenizer is None:
+        raise InputError(f"{name} has no tokenizer, so it cannot read text")
     return model, Bare(model.config.vocab_size) if tokenizer is None else tokenizer
 
 
@@ -187,7 +191,7 @@ def with_tokenizer(name: str, **options) -> tuple:
 
 def packed(options) -> dict:
     """INT8 and INT4 weights of a model of ours against float32"""
-    model, tokenizer = load(options.model, device="cpu")
+    model, tokenizer = with_tokenizer(options.model, text=True)
     context = model.config.max_position_embeddings
     texts = _texts([options.text], options.documents)
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
@@ -266,6 +270,7 @@ def prefix(options) -> dict:
                 runs.append(run | {"known, in RAM": first_token(kept, ids)})
             cache = kept.runner.cache_bytes_per_token
             del fresh, kept
+            gc.collect()
             with multiprocessing.get_context("spawn").Pool(1) as process:  # the restart
                 after = process.apply(restarted, (name, folder, prompts, options.threads))
         runs, after = runs[1:], after[1:]  # the first warms up
@@ -336,7 +341,7 @@ def sampling(options) -> dict:
     small, large = list(parts), []
     if options.model != "none":
         large = [f"{options.model}, float32", f"{options.model}, as packed in its file"]
-        parts |= {name: with_tokenizer(options.model, packed=kept) for name, kept in zip(large, (0, 1), strict=True)}
+        parts |= {name: with_tokenizer(options.model, packed=name == large[1]) for name in large}
     engines = {name: make_engine(*both, speculation="off", max_sequences=options.sequences)
                for name, both in parts.items()}  # fmt: skip
 
@@ -399,7 +404,7 @@ INSTRUCTION = "\n\nSummarise the text above: repeat its key sentences, one after
 
 def speculation(options) -> dict:
     """guesses by the model's MTP module on text, and by n-gram lookup on a prompt to summarise"""
-    model, tokenizer = load(options.model, device="cpu", packed=True)
+    model, tokenizer = with_tokenizer(options.model, packed=True, text=True)
     context, result = model.config.max_position_embeddings, {}
     texts = [tokenizer.encode(text, control=False) for text in _texts([options.text], 400)]
     if len(model.mtp):

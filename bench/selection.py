@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from engine import decoding, interleave, median, perform, shared_options, show, spread
+from engine import decoding, interleave, median, perform, shared_options, show, spread, with_tokenizer
 from recall import LENGTHS, recall_batch
 
 from twelve.convert import load
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def on_text(options: argparse.Namespace) -> dict:
-    model, tokenizer = load(options.model, device="cpu", packed=True)
+    model, tokenizer = with_tokenizer(options.model, packed=True, text=True)
     context, count = min(options.context, model.config.max_position_embeddings), 32
     texts = sorted(_texts([options.text], None), key=len, reverse=True)  # long documents have a past to look back to
     ids: list[int] = []

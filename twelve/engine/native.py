@@ -1,11 +1,12 @@
 """Build, find and call kernels/: a whole step of many sequences in one native call, on a CPU.
 
-The source is compiled on first use (some ten seconds) and kept in the user's cache folder. Where there is no compiler
-`available` is false and `runner.PlainRunner`, the twin, computes. TWELVE_NATIVE=0 in the environment turns it off.
+The source is compiled on first use and kept in the user's cache folder. Where there is no compiler `available` is false
+and `runner.PlainRunner`, the twin, computes. TWELVE_NATIVE=0 in the environment turns it off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -91,6 +93,7 @@ def library() -> ctypes.CDLL | None:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 made = Path(folder) / target.name
+                print("twelve: compiling the engine for this processor, once (10 to 30 seconds)", file=sys.stderr)
                 command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, timeout=300)
                 os.replace(made, target)
@@ -151,6 +154,8 @@ def settle(model) -> None:
         place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = place.copy_(tensor)
         tensor.settled = True
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed; others have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class NativeRunner:

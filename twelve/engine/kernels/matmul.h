@@ -39,12 +39,12 @@ struct Matrix {
 struct Rounded {
     int8_t* q;     // [rows, width]
     float* scale;  // [rows, width / 32]
-    float* total;  // [rows, width / 32], sum of the block's q: whole numbers
+    float* total;  // [rows, width / 32], scale times the sum of the block's q
 };
 struct Rows {
     float* x;       // [rows, width]
     int64_t width;
-    Rounded first, rest;  // the rest: what `first` leaves of blocks with an outlier; zero in the others
+    Rounded first, rest;  // the rest: what `first` leaves of blocks with an outlier; nothing elsewhere
     uint64_t* uneven;     // [rows, width / 2048 up]: a bit for each block that has a rest
     int64_t words() const { return (width / BLOCK + 63) / 64; }
 };
@@ -60,7 +60,7 @@ INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t block) {
     std::memcpy(to.q + block * BLOCK, &p, 16);
     std::memcpy(to.q + block * BLOCK + 16, &q, 16);
     to.scale[block] = scale;
-    to.total[block] = sum(__builtin_convertvector(i + j, Vec));
+    to.total[block] = sum(__builtin_convertvector(i + j, Vec)) * scale;
     low = low - __builtin_convertvector(i, Vec) * scale;
     high = high - __builtin_convertvector(j, Vec) * scale;
 }
@@ -80,9 +80,6 @@ static void round_row(const Rows& rows, int64_t r) {
         if (top * top * BLOCK > OUTLIER * OUTLIER * power) {
             round_block(low, high, rows.rest, at);
             rows.uneven[r * rows.words() + b / 64] |= uint64_t(1) << b % 64;
-        } else {
-            std::memset(rows.rest.q + at * BLOCK, 0, BLOCK);
-            rows.rest.scale[at] = rows.rest.total[at] = 0;
         }
     }
 }
@@ -230,34 +227,29 @@ INLINE Vec halves(const uint16_t* p) {  // sixteen float16
 
 // acc[m] += one block of a panel times the block at `q`, `scale` and `total` of M rows
 template <int M, int BITS, bool LOW>
-INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const int8_t* q, int64_t width, const float* scale, const float* total,
-                       int64_t step, Vec* acc) {
-    constexpr float OFFSET = LOW ? 0 : 1 << (BITS - 1);
+INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& in, int64_t at, int64_t step, Vec* acc) {
     constexpr int CHAINS = M < 4 ? 2 : 1;  // few rows wait for their own sums: whole numbers may be added in any order
+    const int8_t* q = in.q + at * BLOCK;
     IVec sum[CHAINS][M] = {};
-    auto at = [&](int m, int column) { int32_t x; std::memcpy(&x, q + m * width + column, 4); return x; };
+    auto four = [&](int m, int column) { int32_t x; std::memcpy(&x, q + m * step * BLOCK + column, 4); return x; };
     for (int c = 0; c < BITS; ++c) {
-        __builtin_prefetch(w + c * 64 + AHEAD);
         BVec bytes;
         std::memcpy(&bytes, w + c * 64, 64);
         if constexpr (BITS == 4) {
             BVec first = bytes & 15, second = (bytes >> 4) & 15;
-            for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, at(m, 4 * c));
-            for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, at(m, 16 + 4 * c));
+            for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, four(m, 4 * c));
+            for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, four(m, 16 + 4 * c));
         } else {
-            for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, at(m, 4 * c));
+            for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, four(m, 4 * c));
         }
     }
-    const Vec d = halves(scales);
+    // q is unsigned: a symmetric weight is scale * q - scale * half of the range
+    const Vec d = halves(scales), low = LOW ? halves(scales + PANEL) : d * (float)-(1 << (BITS - 1));
     for (int m = 0; m < M; ++m) {
-        // whole numbers below 2^24, so the conversions are exact
-        Vec y = __builtin_convertvector(CHAINS == 1 ? sum[0][m] : sum[0][m] + sum[CHAINS - 1][m], Vec);
-        if constexpr (!LOW) y = y - OFFSET * total[m * step];
-        acc[m] += y * (d * scale[m * step]);
-    }
-    if constexpr (LOW) {
-        const Vec low = halves(scales + PANEL);
-        for (int m = 0; m < M; ++m) acc[m] += low * (scale[m * step] * total[m * step]);
+        // a whole number below 2^24: the conversion is exact
+        const Vec y = __builtin_convertvector(CHAINS == 1 ? sum[0][m] : sum[0][m] + sum[CHAINS - 1][m], Vec);
+        acc[m] += y * (d * in.scale[at + m * step]);
+        acc[m] += low * in.total[at + m * step];
     }
 }
 
@@ -265,17 +257,18 @@ INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const int8_t* q
 template <int M, int BITS, bool LOW>
 static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks, int64_t blocks_per_group, const Rows& in,
                        int64_t r, Vec* out) {
-    const int64_t width = in.width, step = width / BLOCK;
+    const int64_t step = in.width / BLOCK, words = in.words();
     Vec acc[M] = {};
-    uint64_t uneven = 0;
+    uint64_t uneven = 0;  // of any row
     for (int64_t b = 0, left = blocks_per_group; b < blocks; ++b, --left, w += 64 * BITS, uneven >>= 1) {
         if (left == 0) left = blocks_per_group, scales += LOW ? 2 * PANEL : PANEL;
         if (b % 64 == 0)
-            for (int m = 0; m < M; ++m) uneven |= in.uneven[(r + m) * in.words() + b / 64];
-        const int64_t at = r * step + b;
-        block_rows<M, BITS, LOW>(w, scales, in.first.q + at * BLOCK, width, in.first.scale + at, in.first.total + at, step, acc);
-        if (uneven & 1)  // for rows without a rest here this adds zero
-            block_rows<M, BITS, LOW>(w, scales, in.rest.q + at * BLOCK, width, in.rest.scale + at, in.rest.total + at, step, acc);
+            for (int m = 0; m < M; ++m) uneven |= in.uneven[(r + m) * words + b / 64];
+        for (int c = 0; c < BITS; ++c) __builtin_prefetch(w + c * 64 + AHEAD);
+        block_rows<M, BITS, LOW>(w, scales, in.first, r * step + b, step, acc);
+        if (uneven & 1)
+            for (int m = 0; m < M; ++m)
+                if (in.uneven[(r + m) * words + b / 64] >> b % 64 & 1) block_rows<1, BITS, LOW>(w, scales, in.rest, (r + m) * step + b, step, acc + m);
     }
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
