@@ -9,9 +9,9 @@
 #endif
 
 #if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6, PACKED_ROWS = 8;  // accumulators fill the 32 registers
+constexpr int TILE_ROWS = 6;  // accumulators fill the 32 registers
 #else
-constexpr int TILE_ROWS = 2, PACKED_ROWS = 2;
+constexpr int TILE_ROWS = 2;
 #endif
 constexpr int64_t AHEAD = 2048;  // bytes to fetch before they are needed: twice the speed of waiting for the hardware's guess
 constexpr float OUTLIER = 5;  // times the root mean square of its block
@@ -35,32 +35,38 @@ struct Matrix {
     bool packed() const { return kind >= PACKED8; }
 };
 
-// Rows of activations: as they are, and rounded to 8 bits a block of 32 for products with packed weights.
+// Rows of activations rounded to 8 bits a block of 32. Eight rows lie together, so that one address and fixed offsets reach
+// them all: q [tiles, blocks, 8 chunks, 8 rows, 4 columns], scale and total [tiles, blocks, 8 rows].
+constexpr int64_t TILE = 8;
 struct Rounded {
-    int8_t* q;     // [rows, width]
-    float* scale;  // [rows, width / 32]
-    float* total;  // [rows, width / 32], scale times the sum of the block's q
+    int8_t* q;
+    float* scale;
+    float* total;  // scale times the sum of the block's q
 };
 struct Rows {
-    float* x;       // [rows, width]
+    float* x;  // the rows as they are [rows, width]
     int64_t width;
     Rounded first, rest;  // the rest: what `first` leaves of blocks with an outlier; nothing elsewhere
     uint64_t* uneven;     // [rows, width / 2048 up]: a bit for each block that has a rest
-    int64_t words() const { return (width / BLOCK + 63) / 64; }
+    int64_t blocks() const { return width / BLOCK; }
+    int64_t words() const { return (blocks() + 63) / 64; }
+    // where row r's part of block b is, in blocks of one row: the index of its scale
+    int64_t place(int64_t r, int64_t b) const { return (r / TILE * blocks() + b) * TILE + r % TILE; }
+    static int64_t bytes(int64_t place) { return place / TILE * TILE * BLOCK + place % TILE * 4; }
 };
 
 // One block in 8 bits: scale = largest / 127, to the nearest, halves to even. x is left with what is lost.
-INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t block) {
+INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t place) {
     typedef int8_t Bytes __attribute__((vector_size(16)));
     const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     const float top = largest(larger(larger(low, -low), larger(high, -high))), scale = top / 127.0f;
     const float inverse = top > 0 ? 127.0f / top : 0.0f;
     const IVec i = bits(low * inverse + shift) - bits(shift), j = bits(high * inverse + shift) - bits(shift);
     const Bytes p = __builtin_convertvector(i, Bytes), q = __builtin_convertvector(j, Bytes);
-    std::memcpy(to.q + block * BLOCK, &p, 16);
-    std::memcpy(to.q + block * BLOCK + 16, &q, 16);
-    to.scale[block] = scale;
-    to.total[block] = sum(__builtin_convertvector(i + j, Vec)) * scale;
+    int8_t* at = to.q + Rows::bytes(place);
+    for (int c = 0; c < 4; ++c) std::memcpy(at + c * 4 * TILE, (char*)&p + 4 * c, 4), std::memcpy(at + (c + 4) * 4 * TILE, (char*)&q + 4 * c, 4);
+    to.scale[place] = scale;
+    to.total[place] = sum(__builtin_convertvector(i + j, Vec)) * scale;
     low = low - __builtin_convertvector(i, Vec) * scale;
     high = high - __builtin_convertvector(j, Vec) * scale;
 }
@@ -68,13 +74,12 @@ INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t block) {
 // Round row r. A value far above its block's others would leave them few of the 8 bits: what is lost there is rounded
 // again, and such blocks are multiplied twice.
 static void round_row(const Rows& rows, int64_t r) {
-    const int64_t blocks = rows.width / BLOCK;
     const float* x = rows.x + r * rows.width;
     std::memset(rows.uneven + r * rows.words(), 0, rows.words() * 8);
-    for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t b = 0; b < rows.blocks(); ++b) {
         Vec low = load(x + b * BLOCK), high = load(x + b * BLOCK + LANES);
         const float power = sum(low * low + high * high);
-        const int64_t at = r * blocks + b;
+        const int64_t at = rows.place(r, b);
         round_block(low, high, rows.first, at);
         const float top = rows.first.scale[at] * 127.0f;
         if (top * top * BLOCK > OUTLIER * OUTLIER * power) {
@@ -225,22 +230,22 @@ INLINE Vec halves(const uint16_t* p) {  // sixteen float16
 #endif
 }
 
-// acc[m] += one block of a panel times the block at `q`, `scale` and `total` of M rows
+// acc[m] += one block of a panel times the block of M rows at `place`
 template <int M, int BITS, bool LOW>
-INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& in, int64_t at, int64_t step, Vec* acc) {
+INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& in, int64_t place, Vec* acc) {
     constexpr int CHAINS = M < 4 ? 2 : 1;  // few rows wait for their own sums: whole numbers may be added in any order
-    const int8_t* q = in.q + at * BLOCK;
+    const int8_t* q = in.q + Rows::bytes(place);
     IVec sum[CHAINS][M] = {};
-    auto four = [&](int m, int column) { int32_t x; std::memcpy(&x, q + m * step * BLOCK + column, 4); return x; };
+    auto four = [&](int m, int chunk) { int32_t x; std::memcpy(&x, q + (chunk * TILE + m) * 4, 4); return x; };
     for (int c = 0; c < BITS; ++c) {
         BVec bytes;
         std::memcpy(&bytes, w + c * 64, 64);
         if constexpr (BITS == 4) {
             BVec first = bytes & 15, second = (bytes >> 4) & 15;
-            for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, four(m, 4 * c));
-            for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, four(m, 16 + 4 * c));
+            for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], first, four(m, c));
+            for (int m = 0; m < M; ++m) sum[CHAINS - 1][m] = dot4(sum[CHAINS - 1][m], second, four(m, 4 + c));
         } else {
-            for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, four(m, 4 * c));
+            for (int m = 0; m < M; ++m) sum[c % CHAINS][m] = dot4(sum[c % CHAINS][m], bytes, four(m, c));
         }
     }
     // q is unsigned: a symmetric weight is scale * q - scale * half of the range
@@ -248,16 +253,16 @@ INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& 
     for (int m = 0; m < M; ++m) {
         // a whole number below 2^24: the conversion is exact
         const Vec y = __builtin_convertvector(CHAINS == 1 ? sum[0][m] : sum[0][m] + sum[CHAINS - 1][m], Vec);
-        acc[m] += y * (d * in.scale[at + m * step]);
-        acc[m] += low * in.total[at + m * step];
+        acc[m] += y * (d * in.scale[place + m]);
+        acc[m] += low * in.total[place + m];
     }
 }
 
-// out[m] = sixteen outputs of row r + m: one panel times M rows
+// out[m] = sixteen outputs of row r + m: one panel times M rows of one tile
 template <int M, int BITS, bool LOW>
 static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks, int64_t blocks_per_group, const Rows& in,
                        int64_t r, Vec* out) {
-    const int64_t step = in.width / BLOCK, words = in.words();
+    const int64_t words = in.words();
     Vec acc[M] = {};
     uint64_t uneven = 0;  // of any row
     for (int64_t b = 0, left = blocks_per_group; b < blocks; ++b, --left, w += 64 * BITS, uneven >>= 1) {
@@ -265,10 +270,10 @@ static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks,
         if (b % 64 == 0)
             for (int m = 0; m < M; ++m) uneven |= in.uneven[(r + m) * words + b / 64];
         for (int c = 0; c < BITS; ++c) __builtin_prefetch(w + c * 64 + AHEAD);
-        block_rows<M, BITS, LOW>(w, scales, in.first, r * step + b, step, acc);
+        block_rows<M, BITS, LOW>(w, scales, in.first, in.place(r, b), acc);
         if (uneven & 1)
             for (int m = 0; m < M; ++m)
-                if (in.uneven[(r + m) * words + b / 64] >> b % 64 & 1) block_rows<1, BITS, LOW>(w, scales, in.rest, (r + m) * step + b, step, acc + m);
+                if (in.uneven[(r + m) * words + b / 64] >> b % 64 & 1) block_rows<1, BITS, LOW>(w, scales, in.rest, in.place(r + m, b), acc + m);
     }
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
@@ -276,16 +281,18 @@ static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks,
 template <int BITS, bool LOW>
 static void packed_product(const Matrix& w, const Rows& in, int64_t rows, int64_t begin, int64_t end, const Out& out) {
     const int64_t blocks = w.columns / BLOCK, groups = w.columns / w.group, per = w.group / BLOCK;
-    for (int64_t p = begin / PANEL; p * PANEL < end; ++p) {
-        const uint8_t* bytes = (const uint8_t*)w.weights + p * blocks * PANEL * BLOCK * BITS / 8;
-        const uint16_t* scales = (const uint16_t*)w.scales + p * groups * PANEL * (LOW ? 2 : 1);
-        by_rows<PACKED_ROWS>(rows, [&](int64_t r, auto count) {
-            constexpr int M = decltype(count)::value;
-            Vec y[M];
-            panel_rows<M, BITS, LOW>(bytes, scales, blocks, per, in, r, y);
-            for (int m = 0; m < M; ++m) out.put(r + m, p * PANEL, y[m], std::min(PANEL, w.rows - p * PANEL));
-        });
-    }
+    const int64_t stretch = std::max(TILE, (24 << 10) / in.width / TILE * TILE);  // rows that stay near while all weights pass
+    for (int64_t from = 0; from < rows; from += stretch)
+        for (int64_t p = begin / PANEL; p * PANEL < end; ++p) {
+            const uint8_t* bytes = (const uint8_t*)w.weights + p * blocks * PANEL * BLOCK * BITS / 8;
+            const uint16_t* scales = (const uint16_t*)w.scales + p * groups * PANEL * (LOW ? 2 : 1);
+            by_rows<TILE>(std::min(stretch, rows - from), [&](int64_t r, auto count) {
+                constexpr int M = decltype(count)::value;
+                Vec y[M];
+                panel_rows<M, BITS, LOW>(bytes, scales, blocks, per, in, from + r, y);
+                for (int m = 0; m < M; ++m) out.put(from + r + m, p * PANEL, y[m], std::min(PANEL, w.rows - p * PANEL));
+            });
+        }
 }
 
 // --- any weights ----------------------------------------------------------------------------------------------------------

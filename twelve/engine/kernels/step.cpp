@@ -81,30 +81,32 @@ struct Buffer {
     Array<uint64_t> uneven;
     Rows rows{};
     void fit(int64_t count, int64_t width) {
-        const int64_t blocks = whole(width, BLOCK) / BLOCK, words = whole(blocks, 64) / 64;
+        const int64_t blocks = whole(width, BLOCK) / BLOCK, words = whole(blocks, 64) / 64, tiled = whole(count, TILE);
         auto grow = [](auto& v, int64_t size) { if (v.size() < (size_t)size) v.resize(size); };
         grow(x, count * width + LANES), grow(uneven, count * words);
-        for (auto& v : numbers) grow(v, count * blocks);
-        for (auto& v : bytes) grow(v, count * blocks * BLOCK);
+        for (auto& v : numbers) grow(v, tiled * blocks);
+        for (auto& v : bytes) grow(v, tiled * blocks * BLOCK);
         rows = {x.data(), width, {bytes[0].data(), numbers[0].data(), numbers[1].data()},
                 {bytes[1].data(), numbers[2].data(), numbers[3].data()}, uneven.data()};
     }
     float* row(int64_t r) { return rows.x + r * rows.width; }
-    Rows from(int64_t r) const {
+    Rows from(int64_t r) const {  // r: the first of a tile
         Rows part = rows;
         part.x += r * rows.width;
-        for (Rounded* one : {&part.first, &part.rest})
-            one->q += r * rows.width, one->scale += r * (rows.width / BLOCK), one->total += r * (rows.width / BLOCK);
+        for (Rounded* one : {&part.first, &part.rest}) one->q += r * rows.width, one->scale += r * rows.blocks(), one->total += r * rows.blocks();
         part.uneven += r * rows.words();
         return part;
     }
     void copy_rounded(int64_t i, const Rows& from, int64_t r) {
-        const int64_t width = rows.width, blocks = width / BLOCK;
-        for (auto [to, one] : {std::pair{&rows.first, &from.first}, std::pair{&rows.rest, &from.rest}}) {
-            std::memcpy(to->q + i * width, one->q + r * width, width);
-            std::memcpy(to->scale + i * blocks, one->scale + r * blocks, blocks * sizeof(float));
-            std::memcpy(to->total + i * blocks, one->total + r * blocks, blocks * sizeof(float));
-        }
+        const bool uneven[2] = {true, std::any_of(from.uneven + r * from.words(), from.uneven + (r + 1) * from.words(), [](uint64_t w) { return w; })};
+        const Rounded *to[2] = {&rows.first, &rows.rest}, *other[2] = {&from.first, &from.rest};
+        for (int part = 0; part < 2; ++part)
+            for (int64_t b = 0; uneven[part] && b < rows.blocks(); ++b) {
+                const int64_t here = rows.place(i, b), there = from.place(r, b);
+                for (int c = 0; c < 8; ++c)
+                    std::memcpy(to[part]->q + Rows::bytes(here) + c * 4 * TILE, other[part]->q + Rows::bytes(there) + c * 4 * TILE, 4);
+                to[part]->scale[here] = other[part]->scale[there], to[part]->total[here] = other[part]->total[there];
+            }
         std::memcpy(rows.uneven + i * rows.words(), from.uneven + r * rows.words(), rows.words() * 8);
     }
 };
@@ -126,7 +128,7 @@ struct Engine {
 
     Buffer normed, low, mixed, inner, gathered, expert_inner, last, joined;
     Array<float> residual, query, kv, absorbed, latent_mixed, both, expert_both, expert_out, cosines, sines, hidden, logits, gates;
-    std::vector<int64_t> row_sequence, row_position, chosen, slot, expert_start;
+    std::vector<int64_t> row_sequence, row_position, chosen, slot, expert_start, expert_count;
     std::vector<Unit> units;
     std::vector<std::pair<int64_t, int64_t>> filled;  // (sequence, page) that this pass completes
     std::unique_ptr<std::atomic<int64_t>[]> next_unit;
@@ -162,10 +164,10 @@ struct Engine {
         for (int64_t l = 0; l < m.layers + m.modules; ++l) widest = std::max(widest, m.layer[l].gate.rows);
         fit(both, n * 2 * widest);
         if (m.experts) {
-            const int64_t slots = n * m.top_k;
+            const int64_t slots = n * m.top_k + m.experts * TILE;  // an expert's rows begin with a tile
             gathered.fit(slots, m.hidden), expert_inner.fit(slots, m.expert_width);
             fit(expert_both, slots * 2 * m.expert_width), fit(expert_out, slots * m.hidden);
-            fit(chosen, slots), fit(slot, slots), fit(gates, slots), fit(expert_start, m.experts + 1);
+            fit(chosen, slots), fit(slot, slots), fit(gates, slots), fit(expert_start, m.experts), fit(expert_count, m.experts);
         }
         if ((int64_t)scratch.size() < threads) scratch.resize(threads);
         for (int64_t l = 0; l < m.layers + m.modules; ++l) next_unit[l] = 0;
@@ -489,12 +491,14 @@ struct Engine {
 
     // Rows by expert: slot[r * top_k + k] is where row r's k-th expert finds it.
     void group_by_expert(const Batch& b) {
-        std::fill(expert_start.begin(), expert_start.end(), 0);
-        const int64_t slots = b.rows * m.top_k;
-        for (int64_t i = 0; i < slots; ++i) ++expert_start[chosen[i] + 1];
-        for (int64_t e = 0; e < m.experts; ++e) expert_start[e + 1] += expert_start[e];
-        std::vector<int64_t> next(expert_start.begin(), expert_start.end() - 1);
-        for (int64_t i = 0; i < slots; ++i) slot[i] = next[chosen[i]]++;
+        std::fill(expert_count.begin(), expert_count.end(), 0);
+        for (int64_t i = 0; i < b.rows * m.top_k; ++i) ++expert_count[chosen[i]];
+        for (int64_t e = 0, end = 0; e < m.experts; ++e) {
+            expert_start[e] = end;
+            end = whole(end + expert_count[e], TILE);
+        }
+        std::vector<int64_t> next = expert_start;
+        for (int64_t i = 0; i < b.rows * m.top_k; ++i) slot[i] = next[chosen[i]]++;
     }
 
     void feed_forward(const Team& t, const Batch& b, const Layer& w, int64_t begin, int64_t end) {
@@ -523,7 +527,8 @@ struct Engine {
         if (w.router.kind) {
             int64_t from, to;
             t.share(b.rows * m.top_k, from, to);
-            for (int64_t i = from; i < to; ++i) {
+            for (int64_t k = from; k < to; ++k) {
+                const int64_t i = slot[k];
                 gated(expert_inner.row(i), expert_both.data() + i * 2 * inside, expert_both.data() + i * 2 * inside + inside, inside);
                 if (w.expert_down.packed()) round_row(expert_inner.rows, i);
             }
@@ -545,7 +550,7 @@ struct Engine {
     template <class Body>
     void for_experts(Body body) const {
         for (int64_t e = 0; e < m.experts; ++e)
-            if (expert_start[e + 1] > expert_start[e]) body(e, expert_start[e], expert_start[e + 1] - expert_start[e]);
+            if (expert_count[e]) body(e, expert_start[e], expert_count[e]);
     }
 
     static void copy_row(Buffer& to, int64_t i, const Buffer& from, int64_t r, bool rounded) {
