@@ -128,8 +128,18 @@ def turns(options: argparse.Namespace, files: dict[str, Path], peers: list[Peer]
             there = [peer for peer in peers if peer.file == file]
             shift = turn % len(there)
             for measurement in TITLES:
-                able = [p for p in there[shift:] + there[:shift] if measurement in p.about["measurements"]]
-                runs += [{"round": turn, **peer.measure(measurement)} for peer in able]
+                for peer in there[shift:] + there[:shift]:
+                    if peer not in peers or measurement not in peer.about["measurements"]:
+                        continue
+                    try:
+                        runs.append({"round": turn, **peer.measure(measurement)})
+                    except RuntimeError as error:
+                        if peer.side == OURS:
+                            raise SystemExit(f"{OURS}, {peer.file}, {error}") from None
+                        print(f"left out from round {turn + 1} on: {peer.side}, {peer.file}: {error}")
+                        peers.remove(peer)
+                        peer.end()
+    runs = [run for run in runs if any((run["side"], run["file"]) == (peer.side, peer.file) for peer in peers)]
     result = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
         "threads": options.threads, "bandwidth_gb_per_second": bandwidths,
@@ -240,7 +250,7 @@ class Peer:
         self._process.send_signal(signal.SIGSTOP)
 
     def measure(self, measurement: str) -> dict:
-        """SystemExit when it fails."""
+        """RuntimeError when it fails."""
         pid = self._process.pid
         busy, own, began = busy_seconds(), cpu_seconds(pid), time.perf_counter()
         self._process.send_signal(signal.SIGCONT)
@@ -249,7 +259,7 @@ class Peer:
             self._process.stdin.flush()
             value = self._hear()["value"]
         except (OSError, RuntimeError) as error:
-            raise SystemExit(f"{self.side}, {self.file}, {measurement}: {error}") from None
+            raise RuntimeError(f"{measurement}: {error}") from None
         self._process.send_signal(signal.SIGSTOP)
         others = None
         if busy is not None:

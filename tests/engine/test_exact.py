@@ -30,8 +30,8 @@ def requests(batch):
     out = []
     for index in range(batch):
         prompt = shared if index % 3 == 0 else [*shared[: PAGE + index], *rng.integers(0, VOCABULARY, 20).tolist()]
-        for temperature in (0.0, 0.8):
-            out.append(Request(prompt, DRAWN, temperature, 0.95, seed=index, stop_ids=frozenset(), logprobs=True))
+        out += [Request(prompt, DRAWN, temperature, 0.95, seed=index, stop_ids=frozenset(), logprobs=True)
+                for temperature in (0.0, 0.8)]  # fmt: skip
     return out
 
 

@@ -225,7 +225,7 @@ def test_batch_chunk_prefix_preemption_and_guesses_change_nothing(name):
             assert engine.stats.preemptions == 0
         elif mode == "off":  # how much is guessed, and so who must give way, depends on measured times
             assert engine.stats.preemptions > 0
-        if mode == "mtp" or (mode == "auto" and model.mtp):
+        if mode == "mtp":
             assert engine.stats.drafted > 0
 
 

@@ -75,7 +75,8 @@ def test_unknown_modes_and_missing_modules_are_told():
         Speculation("fast", True)
     with pytest.raises(InputError, match="needs a model with a multi-token prediction module"):
         Speculation("mtp", False)
-    assert Speculation("auto", True).uses_mtp and Speculation("auto", False).uses_ngrams
+    assert Speculation("mtp", True).uses_mtp and not Speculation("auto", True).uses_mtp
+    assert Speculation("auto", True).uses_ngrams and not Speculation("mtp", True).uses_ngrams
 
 
 class Decoding:

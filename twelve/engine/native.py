@@ -250,7 +250,9 @@ class NativeRunner:
         return self._pool[index * size : (index + 1) * size]
 
     def write_page(self, index: int, data: np.ndarray) -> None:
-        self.page(index)[:] = data
+        page = self.page(index)
+        if not np.shares_memory(page, data):
+            page[:] = data
         if self._selection is not None:
             self._library.engine_bound(self._engine, index)
 

@@ -98,7 +98,7 @@ class PagePool:
         page = self.take()
         if page is None:
             return None
-        data = np.empty(self._memory.page(page).shape, np.float32)
+        data = self._memory.page(page)  # the page's own memory, where that is float32
         if not self.tiers.get(key, data):
             self.release([page])
             return None

@@ -55,7 +55,11 @@ class NgramDraft:
 
 
 class Speculation:
-    """Decides how many tokens to guess for whom. `mode` is one of MODES; "auto" is "mtp" where the model has one."""
+    """Decides how many tokens to guess for whom. `mode` is one of MODES; "auto" is "ngram".
+
+    The module costs its layer and the head for every guess, right or wrong, and must read every prompt; looking back
+    costs nothing. On the small models measured so far (docs/lab.md) only the second paid, so the module is for asking.
+    """
 
     def __init__(self, mode: str, has_mtp: bool) -> None:
         """InputError for an unknown mode, or "mtp" with a model that has no such module."""
@@ -63,7 +67,7 @@ class Speculation:
             raise InputError(f"speculation {mode!r} is unknown: choose one of {', '.join(MODES)}")
         if mode == "mtp" and not has_mtp:
             raise InputError("speculation 'mtp' needs a model with a multi-token prediction module, and this has none")
-        self.uses_mtp = mode == "mtp" or (mode == "auto" and has_mtp)
+        self.uses_mtp = mode == "mtp"
         self.uses_ngrams = not self.uses_mtp and mode != "off"
         self.drafted = self.accepted = 0
         self._acceptance = FIRST_ACCEPTANCE  # of all sequences; a new one begins with it
