@@ -8,11 +8,14 @@ first; then they move to the tiers, if there are any.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 import numpy as np
 
 from twelve.engine.runner import Runner
+
+READERS = 4  # files read at a time: what takes the time is the disk, and the kernel handing out fresh memory
 
 
 def chain_key(previous: bytes, tokens: Sequence[int]) -> bytes:
@@ -79,32 +82,41 @@ class PagePool:
         """The pages, now held, of the longest known beginning of a text, at most `limit`; key_of(i) is page i's key."""
         found: list[int] = []
         while len(found) < limit:
-            page = self._find(key_of(len(found)))
-            if page is None:
+            page = self._index.get(key_of(len(found)))
+            if page is not None:
+                self.holders[page] += 1
+                self._idle.pop(page, None)
+                found.append(page)
+                continue
+            fetched = self._fetch([key_of(index) for index in range(len(found), limit)])
+            found += fetched
+            if not fetched:
                 break
-            found.append(page)
         if found and self.tiers is not None:
             self.tiers.touch([self._keys[page] for page in found])  # its copies are as lately used as the page
         return found
 
-    def _find(self, key: bytes) -> int | None:
-        page = self._index.get(key)
-        if page is not None:
-            self.holders[page] += 1
-            self._idle.pop(page, None)
-            return page
-        if self.tiers is None or key not in self.tiers:
-            return None
-        page = self.take()
-        if page is None:
-            return None
-        data = self._memory.page(page)  # the page's own memory, where that is float32
-        if not self.tiers.get(key, data):
-            self.release([page])
-            return None
-        self._memory.write_page(page, data)
-        self._index[key], self._keys[page] = page, key
-        return page
+    def _fetch(self, keys: list[bytes]) -> list[int]:
+        """Pages, now held, for as many of the first keys as the tiers have, several read at a time."""
+        if self.tiers is None:
+            return []
+        wanted, pages = [], []
+        for key in keys:
+            if key in self._index or key not in self.tiers or (page := self.take()) is None:
+                break
+            wanted.append(key)
+            pages.append(page)
+        if not pages:
+            return []
+        places = [self._memory.page(page) for page in pages]  # the pages' own memory, where that is float32
+        with ThreadPoolExecutor(READERS) as readers:
+            there = list(readers.map(self.tiers.get, wanted, places))
+        count = there.index(False) if False in there else len(there)
+        for key, page, data in zip(wanted[:count], pages, places, strict=False):
+            self._memory.write_page(page, data)
+            self._index[key], self._keys[page] = page, key
+        self.release(pages[count:])
+        return pages[:count]
 
     def forget(self, identity: bytes) -> None:
         """No page is findable any more: the model is another one."""
