@@ -15,7 +15,8 @@ import numpy as np
 
 from twelve.engine.runner import Runner
 
-READERS = 4  # files read at a time: what takes the time is the disk, and the kernel handing out fresh memory
+# Large pages are read several at a time: what takes the time is the disk, and the kernel handing out fresh memory.
+READERS, LARGE = 4, 2**20
 
 
 def chain_key(previous: bytes, tokens: Sequence[int]) -> bytes:
@@ -109,8 +110,11 @@ class PagePool:
         if not pages:
             return []
         places = [self._memory.page(page) for page in pages]  # the pages' own memory, where that is float32
-        with ThreadPoolExecutor(READERS) as readers:
-            there = list(readers.map(self.tiers.get, wanted, places))
+        if places[0].nbytes < LARGE:  # threads that wait for each other would cost more than the reading
+            there = list(map(self.tiers.get, wanted, places))
+        else:
+            with ThreadPoolExecutor(READERS) as readers:
+                there = list(readers.map(self.tiers.get, wanted, places))
         count = there.index(False) if False in there else len(there)
         for key, page, data in zip(wanted[:count], pages, places, strict=False):
             self._memory.write_page(page, data)
