@@ -32,6 +32,7 @@ from twelve.quantize import Packed, QuantizedExperts, QuantizedLinear
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 HUGE, LINE = 2**21, 64  # bytes
+MOST_ROTATED = 512  # elements of a head: model.h's rotate
 NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 = range(5)  # matmul.h's Kind
 
 pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -123,7 +124,8 @@ def _processor() -> str:
 def available(model) -> bool:
     """Whether `NativeRunner` can run this model here: on the CPU, in float32, bfloat16 or packed weights."""
     weight = model.norm.weight
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and library() is not None
+    fits = weight.dtype in (torch.float32, torch.bfloat16) and model.config.rope_dim <= MOST_ROTATED
+    return weight.device.type == "cpu" and fits and library() is not None
 
 
 def huge_zeros(size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 // Softmax attention over pages of 64 tokens, page after page from the first, whatever else runs beside it.
 
 #pragma once
+#include <numeric>
 #include <vector>
 #include "matmul.h"
 
@@ -18,15 +19,16 @@ struct AttentionScratch {
     std::vector<int64_t> pages;
     void fit(int64_t queries, int64_t width) {
         if (query.size() < (size_t)(queries * width)) query.resize(queries * width), mixed.resize(queries * width);
-        if (top.size() < (size_t)queries) score.resize(queries * PAGE), top.resize(queries), total.resize(queries), keep.resize(queries);
+        if (top.size() < (size_t)queries)
+            score.resize(queries * PAGE), top.resize(queries), total.resize(queries), keep.resize(queries);
     }
 };
 
-// One page into the running softmax of `queries` rows. valid(m) is how many tokens of the page query m may see, `deepest` the
-// most of these; score [queries, 64] holds the raw scores, and the weights afterwards.
+// One page into the running softmax of `queries` rows. valid(m) is how many tokens of the page query m may see,
+// `deepest` the most of these; score [queries, 64] holds the raw scores, and the weights afterwards.
 template <class Valid>
-static void absorb_page(AttentionScratch& s, int64_t queries, const float* values, int64_t value_stride, int64_t width, int64_t deepest,
-                        Valid valid) {
+static void absorb_page(AttentionScratch& s, int64_t queries, const float* values, int64_t value_stride, int64_t width,
+                        int64_t deepest, Valid valid) {
     const IVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t m = 0; m < queries; ++m) {
         float* score = s.score.data() + m * PAGE;
@@ -47,5 +49,6 @@ static void absorb_page(AttentionScratch& s, int64_t queries, const float* value
         s.top[m] = now;
         s.total[m] = s.total[m] * s.keep[m] + sum(total);
     }
-    outer_product(s.score.data(), PAGE, values, value_stride, queries, deepest, width, s.mixed.data(), width, s.keep.data());
+    outer_product(s.score.data(), PAGE, values, value_stride, queries, deepest, width, s.mixed.data(), width,
+                  s.keep.data());
 }

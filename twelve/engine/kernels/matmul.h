@@ -13,8 +13,9 @@ constexpr int TILE_ROWS = 6;  // accumulators fill the 32 registers
 #else
 constexpr int TILE_ROWS = 2;
 #endif
-constexpr int64_t AHEAD = 2048;  // bytes to fetch before they are needed: twice the speed of waiting for the hardware's guess
-constexpr float OUTLIER = 5;  // times the root mean square of its block
+constexpr int64_t AHEAD =
+    2048;  // bytes to fetch before they are needed: twice the speed of waiting for the hardware's guess
+constexpr float OUTLIER = 5;               // times the root mean square of its block
 constexpr int64_t PANEL = 16, BLOCK = 32;  // rows of a packed panel, columns of a block
 
 enum Kind : int64_t { NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 };
@@ -35,8 +36,8 @@ struct Matrix {
     bool packed() const { return kind >= PACKED8; }
 };
 
-// Rows of activations rounded to 8 bits a block of 32. Eight rows lie together, so that one address and fixed offsets reach
-// them all: q [tiles, blocks, 8 chunks, 8 rows, 4 columns], scale and total [tiles, blocks, 8 rows].
+// Rows of activations rounded to 8 bits a block of 32. Eight rows lie together, so that one address and fixed offsets
+// reach them all: q [tiles, blocks, 8 chunks, 8 rows, 4 columns], scale and total [tiles, blocks, 8 rows].
 constexpr int64_t TILE = 8;
 struct Rounded {
     int8_t* q;
@@ -64,7 +65,9 @@ INLINE void round_block(Vec& low, Vec& high, const Rounded& to, int64_t place) {
     const IVec i = bits(low * inverse + shift) - bits(shift), j = bits(high * inverse + shift) - bits(shift);
     const Bytes p = __builtin_convertvector(i, Bytes), q = __builtin_convertvector(j, Bytes);
     int8_t* at = to.q + Rows::bytes(place);
-    for (int c = 0; c < 4; ++c) std::memcpy(at + c * 4 * TILE, (char*)&p + 4 * c, 4), std::memcpy(at + (c + 4) * 4 * TILE, (char*)&q + 4 * c, 4);
+    for (int c = 0; c < 4; ++c)
+        std::memcpy(at + c * 4 * TILE, (char*)&p + 4 * c, 4),
+            std::memcpy(at + (c + 4) * 4 * TILE, (char*)&q + 4 * c, 4);
     to.scale[place] = scale;
     to.total[place] = sum(__builtin_convertvector(i + j, Vec)) * scale;
     low = low - __builtin_convertvector(i, Vec) * scale;
@@ -89,7 +92,8 @@ static void round_row(const Rows& rows, int64_t r) {
     }
 }
 
-// Where a product goes: out [rows, stride] = (or +=) product + bias. One type for all uses keeps the compiled code small.
+// Where a product goes: out [rows, stride] = (or +=) product + bias. One type for all uses keeps the compiled code
+// small.
 struct Out {
     float* to;
     int64_t stride;
@@ -111,7 +115,8 @@ struct Out {
     }
 };
 
-// --- float weights: every output is a dot product over the columns, sixteen lanes wide ---------------------------------
+// --- float weights: every output is a dot product over the columns, sixteen lanes wide
+// ---------------------------------
 
 INLINE Vec widen(const float* p) { return load(p); }
 INLINE Vec widen(const uint16_t* p) {  // bfloat16
@@ -149,7 +154,8 @@ static void dots(const float* x, int64_t x_stride, const Weight* const* w, int64
     for (int m = 0; m < M; ++m) out[m] = sums(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
 }
 
-// Calls body(r, std::integral_constant<int, M>) for stretches of M rows from r on: Most, then 4, 2 and 1 for what is left.
+// Calls body(r, std::integral_constant<int, M>) for stretches of M rows from r on: Most, then 4, 2 and 1 for what is
+// left.
 template <int Most, class Body>
 INLINE void by_rows(int64_t rows, Body body) {
     int64_t r = 0;
@@ -179,7 +185,8 @@ static void all_dots(const float* x, int64_t x_stride, int64_t rows, const Weigh
         });
 }
 
-// --- packed weights: whole numbers inside a block of 32, floats from block to block --------------------------------------
+// --- packed weights: whole numbers inside a block of 32, floats from block to block
+// --------------------------------------
 
 // sum[i] += four unsigned bytes of w, at 4i, times the four signed bytes of x
 INLINE IVec dot4(IVec sum, BVec w, int32_t x) {
@@ -212,7 +219,8 @@ INLINE Vec halves(const uint16_t* p) {  // sixteen float16
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
     Vec v;
-    __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
+    __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+           high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1));
     std::memcpy(&v, &low, 32);
     std::memcpy((char*)&v + 32, &high, 32);
     return v;
@@ -236,7 +244,11 @@ INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& 
     constexpr int CHAINS = M < 4 ? 2 : 1;  // few rows wait for their own sums: whole numbers may be added in any order
     const int8_t* q = in.q + Rows::bytes(place);
     IVec sum[CHAINS][M] = {};
-    auto four = [&](int m, int chunk) { int32_t x; std::memcpy(&x, q + (chunk * TILE + m) * 4, 4); return x; };
+    auto four = [&](int m, int chunk) {
+        int32_t x;
+        std::memcpy(&x, q + (chunk * TILE + m) * 4, 4);
+        return x;
+    };
     for (int c = 0; c < BITS; ++c) {
         BVec bytes;
         std::memcpy(&bytes, w + c * 64, 64);
@@ -260,8 +272,8 @@ INLINE void block_rows(const uint8_t* w, const uint16_t* scales, const Rounded& 
 
 // out[m] = sixteen outputs of row r + m: one panel times M rows of one tile
 template <int M, int BITS, bool LOW>
-static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks, int64_t blocks_per_group, const Rows& in,
-                       int64_t r, Vec* out) {
+static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks, int64_t blocks_per_group,
+                       const Rows& in, int64_t r, Vec* out) {
     const int64_t words = in.words();
     Vec acc[M] = {};
     uint64_t uneven = 0;  // of any row
@@ -273,7 +285,8 @@ static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks,
         block_rows<M, BITS, LOW>(w, scales, in.first, in.place(r, b), acc);
         if (uneven & 1)
             for (int m = 0; m < M; ++m)
-                if (in.uneven[(r + m) * words + b / 64] >> b % 64 & 1) block_rows<1, BITS, LOW>(w, scales, in.rest, in.place(r + m, b), acc + m);
+                if (in.uneven[(r + m) * words + b / 64] >> b % 64 & 1)
+                    block_rows<1, BITS, LOW>(w, scales, in.rest, in.place(r + m, b), acc + m);
     }
     for (int m = 0; m < M; ++m) out[m] = acc[m];
 }
@@ -281,7 +294,8 @@ static void panel_rows(const uint8_t* w, const uint16_t* scales, int64_t blocks,
 template <int BITS, bool LOW>
 static void packed_product(const Matrix& w, const Rows& in, int64_t rows, int64_t begin, int64_t end, const Out& out) {
     const int64_t blocks = w.columns / BLOCK, groups = w.columns / w.group, per = w.group / BLOCK;
-    const int64_t stretch = std::max(TILE, (24 << 10) / in.width / TILE * TILE);  // rows that stay near while all weights pass
+    const int64_t stretch =
+        std::max(TILE, (24 << 10) / in.width / TILE * TILE);  // rows that stay near while all weights pass
     for (int64_t from = 0; from < rows; from += stretch)
         for (int64_t p = begin / PANEL; p * PANEL < end; ++p) {
             const uint8_t* bytes = (const uint8_t*)w.weights + p * blocks * PANEL * BLOCK * BITS / 8;
@@ -295,27 +309,36 @@ static void packed_product(const Matrix& w, const Rows& in, int64_t rows, int64_
         }
 }
 
-// --- any weights ----------------------------------------------------------------------------------------------------------
+// --- any weights
+// ----------------------------------------------------------------------------------------------------------
 
 // out = (or +=) in . w + bias, for the outputs [begin, end): begin a multiple of 16, end too or w.rows
-static void product(const Matrix& w, const Rows& in, int64_t rows, float* to, int64_t stride, bool add, int64_t begin, int64_t end) {
+static void product(const Matrix& w, const Rows& in, int64_t rows, float* to, int64_t stride, bool add, int64_t begin,
+                    int64_t end) {
     const Out out{to, stride, w.bias, add};
     switch (w.kind) {
-        case FLOAT32: return all_dots(in.x, in.width, rows, (const float*)w.weights, w.columns, w.columns, begin, end, out);
-        case BFLOAT16: return all_dots(in.x, in.width, rows, (const uint16_t*)w.weights, w.columns, w.columns, begin, end, out);
-        case PACKED8: return w.has_low ? packed_product<8, true>(w, in, rows, begin, end, out) : packed_product<8, false>(w, in, rows, begin, end, out);
-        case PACKED4: return w.has_low ? packed_product<4, true>(w, in, rows, begin, end, out) : packed_product<4, false>(w, in, rows, begin, end, out);
+        case FLOAT32:
+            return all_dots(in.x, in.width, rows, (const float*)w.weights, w.columns, w.columns, begin, end, out);
+        case BFLOAT16:
+            return all_dots(in.x, in.width, rows, (const uint16_t*)w.weights, w.columns, w.columns, begin, end, out);
+        case PACKED8:
+            return w.has_low ? packed_product<8, true>(w, in, rows, begin, end, out)
+                             : packed_product<8, false>(w, in, rows, begin, end, out);
+        case PACKED4:
+            return w.has_low ? packed_product<4, true>(w, in, rows, begin, end, out)
+                             : packed_product<4, false>(w, in, rows, begin, end, out);
     }
 }
 
 // out [M, N] = out * keep + a [M, depth] . b [depth, N]; rows of b may be read up to 15 floats beyond their end
 template <int M, int V>
-static void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* out, int64_t out_stride,
-                  const float* keep, int64_t width) {
+static void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
+                  int64_t out_stride, const float* keep, int64_t width) {
     Vec acc[M][V] = {};
     if (keep)
         for (int m = 0; m < M; ++m)
-            for (int v = 0; v < V; ++v) acc[m][v] = load_some(out + m * out_stride + v * LANES, std::min(LANES, width - v * LANES)) * keep[m];
+            for (int v = 0; v < V; ++v)
+                acc[m][v] = load_some(out + m * out_stride + v * LANES, std::min(LANES, width - v * LANES)) * keep[m];
     for (int64_t k = 0; k < depth; ++k) {
         Vec row[V];
         for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * LANES);
@@ -325,11 +348,12 @@ static void outer(const float* a, int64_t a_stride, const float* b, int64_t b_st
         }
     }
     for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) store_some(out + m * out_stride + v * LANES, acc[m][v], std::min(LANES, width - v * LANES));
+        for (int v = 0; v < V; ++v)
+            store_some(out + m * out_stride + v * LANES, acc[m][v], std::min(LANES, width - v * LANES));
 }
 
-static void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows, int64_t depth, int64_t width,
-                          float* out, int64_t out_stride, const float* keep) {
+static void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
+                          int64_t depth, int64_t width, float* out, int64_t out_stride, const float* keep) {
     for (int64_t n = 0, taken; n < width; n += taken) {
         const int64_t left = width - n;
         taken = left > 3 * LANES ? 4 * LANES : left > LANES ? 2 * LANES : LANES;

@@ -1,5 +1,5 @@
-// The draw of a token: Gumbel-max over the logits, with noise that depends on the seed, the position and the token alone.
-// sampler.py is its twin and says how and why.
+// The draw of a token: Gumbel-max over the logits, with noise that depends on the seed, the position and the token
+// alone. sampler.py is its twin and says how and why.
 
 #pragma once
 #include <algorithm>
@@ -32,7 +32,8 @@ static double gumbel(uint32_t bits) { return -std::log(-std::log1p(-(bits + 0.5)
 
 static int64_t most_likely(const float* logits, int64_t n) {
     int64_t best = 0;
-    for (int64_t i = 0; i < n; ++i) if (logits[i] > logits[best]) best = i;
+    for (int64_t i = 0; i < n; ++i)
+        if (logits[i] > logits[best]) best = i;
     return best;
 }
 
@@ -50,7 +51,8 @@ static double log_probability(const float* logits, int64_t n, int64_t token, flo
 }
 
 // The smallest set of most likely tokens that holds `top_p` of the probability.
-static void nucleus(const float* logits, int64_t n, float top, double temperature, double top_p, std::vector<int64_t>& kept) {
+static void nucleus(const float* logits, int64_t n, float top, double temperature, double top_p,
+                    std::vector<int64_t>& kept) {
     std::vector<double> p(n);
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += p[i] = std::exp(((double)logits[i] - top) / temperature);
@@ -65,12 +67,15 @@ static void nucleus(const float* logits, int64_t n, float top, double temperatur
 }
 
 // The token drawn from logits [n]; -1 if they are not numbers.
-static int64_t draw(const float* logits, int64_t n, float temperature, float top_p, uint32_t position, const uint32_t* key) {
+static int64_t draw(const float* logits, int64_t n, float temperature, float top_p, uint32_t position,
+                    const uint32_t* key) {
     const int64_t likely = most_likely(logits, n);
     const float top = logits[likely];
     if (!std::isfinite(top)) return -1;
     if (temperature == 0) return likely;
-    auto score = [&](int64_t token, uint32_t bits) { return ((double)logits[token] - top) / temperature + gumbel(bits); };
+    auto score = [&](int64_t token, uint32_t bits) {
+        return ((double)logits[token] - top) / temperature + gumbel(bits);
+    };
     int64_t best = likely;
     double leader = score(likely, noise_bits(likely, position, key));
     auto consider = [&](int64_t token, uint32_t bits) {

@@ -1,7 +1,8 @@
 // Sixteen floats at a time. The compiler's own vectors make one AVX-512 register of them, two of AVX2, four of NEON.
 //
-// Every function here and in the files beside it computes a row from that row alone, in an order that does not depend on
-// how many other rows there are, how they are cut into tiles, or how many threads share them. That is the whole of exact mode.
+// Every function here and in the files beside it computes a row from that row alone, in an order that does not depend
+// on how many other rows there are, how they are cut into tiles, or how many threads share them. That is the whole of
+// exact mode.
 
 #pragma once
 #include <cmath>
@@ -22,22 +23,42 @@ template <class T>
 struct OnLines {
     typedef T value_type;
     OnLines() = default;
-    template <class U> OnLines(const OnLines<U>&) {}
+    template <class U>
+    OnLines(const OnLines<U>&) {}
     T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
     void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-    template <class U> bool operator==(const OnLines<U>&) const { return true; }
-    template <class U> bool operator!=(const OnLines<U>&) const { return false; }
+    template <class U>
+    bool operator==(const OnLines<U>&) const {
+        return true;
+    }
+    template <class U>
+    bool operator!=(const OnLines<U>&) const {
+        return false;
+    }
 };
-template <class T> using Array = std::vector<T, OnLines<T>>;
+template <class T>
+using Array = std::vector<T, OnLines<T>>;
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 INLINE Vec splat(float x) { return Vec{} + x; }
 INLINE IVec isplat(int32_t x) { return IVec{} + x; }
-INLINE IVec bits(Vec v) { IVec i; std::memcpy(&i, &v, sizeof i); return i; }
-INLINE Vec from_bits(IVec i) { Vec v; std::memcpy(&v, &i, sizeof v); return v; }
+INLINE IVec bits(Vec v) {
+    IVec i;
+    std::memcpy(&i, &v, sizeof i);
+    return i;
+}
+INLINE Vec from_bits(IVec i) {
+    Vec v;
+    std::memcpy(&v, &i, sizeof v);
+    return v;
+}
 INLINE Vec pick(IVec mask, Vec yes, Vec no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
 INLINE Vec larger(Vec a, Vec b) { return pick(a > b, a, b); }
 
@@ -53,9 +74,12 @@ INLINE void store_some(float* p, Vec v, int64_t n) {
 }
 
 INLINE Vec8 fold(Vec v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
 }
-INLINE Vec4 fold(Vec8 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7); }
+INLINE Vec4 fold(Vec8 v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
 
 // The sums of four vectors; each in the same order whichever of the four it is.
 INLINE Vec4 sums(Vec a, Vec b, Vec c, Vec d) {
