@@ -122,5 +122,5 @@ class Stepper:
         guesses = self.runner.draft(np.array(rows), np.array(following), np.array(drawn, np.int64), temperature, keys)
         for sequence, guess in zip(guessing, guesses.tolist(), strict=True):
             sequence.drafts = [guess]
-        if len(guessing) == len(plan.sequences):
+        if len(guessing) == len(plan.sequences) and len(rows) <= 2 * len(guessing):  # no prompt among them
             self.speculation.timed_drafts(len(guessing), time.perf_counter() - started)
