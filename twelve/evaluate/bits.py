@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from twelve.data.corpus import read_documents
+from twelve.engine.sampler import NOT_FINITE
 from twelve.errors import InputError
 
 LOGITS = 2**25  # numbers of one forward pass's logits, at most (unless one window alone has more): 128 MiB in FP32
@@ -127,7 +128,7 @@ def _losses(model, batch: list[Window]) -> list[float]:
     logits = model(ids.to(device))  # [B, T, V]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
     if not torch.isfinite(losses).all():
-        raise InputError("the model's output is not a number: its weights are damaged, or its training diverged")
+        raise InputError(NOT_FINITE)
     return losses.view(len(batch), length).double().sum(1).tolist()
 
 

@@ -66,10 +66,9 @@ static void nucleus(const float* logits, int64_t n, float top, double temperatur
     kept.resize(std::max<size_t>(count, 1));
 }
 
-// The token drawn from logits [n]; -1 if they are not numbers.
-static int64_t draw(const float* logits, int64_t n, float temperature, float top_p, uint32_t position,
+// The token drawn from logits [n], of which `likely` is the most likely; -1 if they are not numbers.
+static int64_t draw(const float* logits, int64_t n, int64_t likely, float temperature, float top_p, uint32_t position,
                     const uint32_t* key) {
-    const int64_t likely = most_likely(logits, n);
     const float top = logits[likely];
     if (!std::isfinite(top)) return -1;
     if (temperature == 0) return likely;

@@ -56,14 +56,15 @@ struct Engine : FeedForward {
             t.wait();
             for (int64_t i; (i = next_draw.fetch_add(1, std::memory_order_relaxed)) < count;) {
                 const float* mine = logits.data() + i * vocabulary;
-                const int64_t k = first + i, top = most_likely(mine, m.vocabulary);
+                const int64_t k = first + i, likely = most_likely(mine, m.vocabulary);
                 if (d.logits) std::memcpy(d.logits + k * m.vocabulary, mine, m.vocabulary * sizeof(float));
                 d.tokens[k] =
-                    d.target && std::isfinite(mine[top])
+                    d.target && std::isfinite(mine[likely])
                         ? d.target[k]
-                        : draw(mine, m.vocabulary, d.temperature[k], d.top_p[k], (uint32_t)position(k), d.keys + 4 * k);
+                        : draw(mine, m.vocabulary, likely, d.temperature[k], d.top_p[k], (uint32_t)position(k),
+                               d.keys + 4 * k);
                 d.logprobs[k] = d.want_logprobs && d.tokens[k] >= 0
-                                    ? log_probability(mine, m.vocabulary, d.tokens[k], mine[top])
+                                    ? log_probability(mine, m.vocabulary, d.tokens[k], mine[likely])
                                     : 0.0f;
             }
             t.wait();
