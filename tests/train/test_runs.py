@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import twelve
 from twelve.errors import InputError
 from twelve.files import FolderLock, sha256
-from twelve.train.loop import Interrupted, Trainer
+from twelve.train.loop import Interrupted, Supervised
 from twelve.train.plan import Plan
 from twelve.train.pretrain import pretrain
 from twelve.train.sft import sft
@@ -54,7 +54,7 @@ def test_a_run_learns_and_leaves_a_model_folder(finished):
 
 
 def test_ctrl_c_saves_and_a_resume_ends_with_the_same_weights(text, tmp_path, finished, monkeypatch):
-    original = Trainer.train_step
+    original = Supervised.train_step
 
     def interrupted(self):
         if self.step in (7, 16) and self.seconds_at_stop != self.step:
@@ -62,15 +62,15 @@ def test_ctrl_c_saves_and_a_resume_ends_with_the_same_weights(text, tmp_path, fi
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    monkeypatch.setattr(Trainer, "seconds_at_stop", None, raising=False)
+    monkeypatch.setattr(Supervised, "train_step", interrupted)
+    monkeypatch.setattr(Supervised, "seconds_at_stop", None, raising=False)
     stops = []
     for _ in range(3):
         try:
             pretrain([text], tmp_path / "run", steps=25, mtp=1, **SMALL)
         except Interrupted as stop:
             stops.append(str(stop))
-            monkeypatch.setattr(Trainer, "seconds_at_stop", 7 if len(stops) == 1 else 16, raising=False)
+            monkeypatch.setattr(Supervised, "seconds_at_stop", 7 if len(stops) == 1 else 16, raising=False)
     assert [f"saved at step {step}" in stop for step, stop in zip((8, 17), stops, strict=True)] == [True, True]
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
     metrics = tmp_path / "run" / "training" / "metrics.jsonl"
@@ -83,8 +83,8 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, finished):
     script = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[3]))\n"
         "import time; from twelve.train import loop; loop.SAVE_EVERY = 0.0; loop.SAVE_SHARE = 1e9\n"
-        "step = loop.Trainer.train_step\n"
-        "loop.Trainer.train_step = lambda self: (time.sleep(0.05), step(self))[1]  # time to be killed in\n"
+        "step = loop.Supervised.train_step\n"
+        "loop.Supervised.train_step = lambda self: (time.sleep(0.05), step(self))[1]  # time to be killed in\n"
         "from twelve.train.pretrain import pretrain\n"
         f"pretrain([sys.argv[1]], sys.argv[2], steps=25, mtp=1, **{SMALL!r})\n"
     )
@@ -152,7 +152,7 @@ def test_a_timed_run_records_how_its_length_was_corrected(text, tmp_path):
 
 
 def test_a_run_that_diverges_stops_before_its_weights_are_spoilt(text, tmp_path, monkeypatch):
-    original = Trainer.train_step
+    original = Supervised.train_step
 
     def poisoned(self):
         if self.step == 3:
@@ -165,7 +165,7 @@ def test_a_run_that_diverges_stops_before_its_weights_are_spoilt(text, tmp_path,
 
     monkeypatch.setattr("twelve.train.loop.SAVE_EVERY", 0.0)
     monkeypatch.setattr("twelve.train.loop.SAVE_SHARE", 1e9)
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Supervised, "train_step", poisoned)
     with pytest.raises(InputError, match="diverged.*at step 4.*lower --learning-rate"):
         pretrain([text], tmp_path / "run", steps=6, **SMALL)
     kept = load_file(tmp_path / "run" / "training" / "checkpoint.safetensors")
@@ -224,7 +224,7 @@ def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
     gradients = []
     for plan.micro_batch_size in (4, 2, 3):
         model = Transformer(ModelConfig(**plan.config)).init_weights(0).double()
-        trainer = Trainer(model, lambda step: data.batch(step, 4, 32, 0), plan, tmp_path)
+        trainer = Supervised(model, lambda step: data.batch(step, 4, 32, 0), plan, tmp_path)
         weight = model.layers[0].self_attn.o_proj.weight
         trainer.optimizer.step = lambda rate, weight=weight: gradients.append(weight.grad)
         trainer.train_step()

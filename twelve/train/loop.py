@@ -1,4 +1,4 @@
-"""The one training loop: a step, a log line, a checkpoint. Pretraining and fine-tuning bring model, data and plan."""
+"""The one training loop: a step, a log line, a checkpoint. Every stage brings its model, its plan and its step."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from twelve.train.schedule import learning_rate
 REVISE_AT = (0.1, 0.3, 0.5, 0.7, 0.82, 0.9, 0.95, 0.98)  # shares of a timed run where its length is corrected
 SAVE_EVERY = 15.0  # seconds between checkpoints, or more where they would take over SAVE_SHARE of the time
 SAVE_SHARE = 0.02
+NO_END = 10**9  # steps of a run that time ends
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,27 +34,128 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Trainer:
-    """A model with its optimiser, its data and its plan; `run` trains from wherever the folder's checkpoint stands.
+    """A model with its optimiser and its plan; `run` trains from wherever the folder's checkpoint stands.
 
-    `batches(step)` must be a pure function that gives the step's rows: ids, targets, positions, documents [B, T].
+    A stage brings `train_step`, which does one optimiser step through `update` and returns its figures. What else it
+    must remember over an interruption stands in `memory` (JSON).
     """
 
-    def __init__(self, model: Transformer, batches: Callable[[int], Any], plan: Plan, folder: Path) -> None:
-        self.model, self.batches, self.plan, self.folder = model.train(), batches, plan, folder
+    timed = False  # with a time to keep: go on until it is over, rather than for a planned number of steps
+
+    def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
+        self.model, self.plan, self.folder = model.train(), plan, folder
         self.optimizer = MuonAdamW(
             model, weight_decay=plan.weight_decay, muon=plan.muon,
             adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0,
         )  # fmt: skip
-        self.parameters = list(model.parameters())
-        self.routers = [layer.gate for layer in model.moe_layers()]
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.memory: dict[str, Any] = {}
         self.checkpoint = folder / "training" / "checkpoint.safetensors"
         self.metrics = folder / "training" / "metrics.jsonl"
         if plan.compile:
             model.compile_layers()
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; the figures of it. InputError, weights untouched, when the loss is not finite."""
+        """One optimiser step; the figures of it, for the log."""
+        raise NotImplementedError
+
+    def update(self, rate: float, loss: float) -> float:
+        """Clip the gradients, step, and clear them; the gradients' norm before that.
+
+        InputError, weights untouched, when it or the `loss` it came from is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.plan.clip).item()
+        if not math.isfinite(loss + norm):  # before it reaches weights and checkpoint
+            raise InputError(
+                f"training diverged: the loss is {loss:.3g}, its gradient {norm:.3g} "
+                f"at step {self.step + 1}; start again in another folder with a lower --learning-rate"
+            )
+        self.optimizer.step(rate)
+        self.optimizer.zero_grad()
+        return norm
+
+    def run(self, seconds_left: Callable[[], float] | None = None, quiet: bool = False) -> None:
+        """Train to the planned end. With `seconds_left` the plan's length is corrected so that it ends on time, or, for
+        a `timed` trainer, steps are made until the time is over.
+
+        Raises Interrupted on Ctrl-C, once a checkpoint is written.
+        """
+        self.restore()
+        stop = _InterruptFlag()
+        began, before, first = time.monotonic(), self.seconds, self.step
+        saved, save_cost = began, 0.0
+        marks = list(REVISE_AT) if seconds_left and not self.timed else []
+        total = self.plan.steps(self.step)
+        longest = 0.0  # seconds of a step
+        bar = tqdm(
+            total=total if total < NO_END else None, initial=self.step, unit="step", disable=quiet, file=sys.stderr,
+            mininterval=0.5, smoothing=0.05, dynamic_ncols=True,
+        )  # fmt: skip
+        with stop, open(self.metrics, "a", encoding="utf-8") as log, bar:
+            while self.step < self.plan.steps(self.step):
+                if self.timed and seconds_left and seconds_left() < longest:
+                    break
+                started, tokens = time.monotonic(), self.tokens
+                figures = self.train_step()
+                now = time.monotonic()
+                self.seconds, longest = before + now - began, max(longest, now - started)
+                figures |= {"seconds": self.seconds, "tokens_per_second": (self.tokens - tokens) / (now - started)}
+                log.write(json.dumps({key: _short(value) for key, value in figures.items()}) + "\n")
+                bar.update()
+                bar.set_postfix_str(self.describe(figures, seconds_left))
+                if marks and self.step >= marks[0] * self.plan.steps(self.step):
+                    while marks and self.step >= marks[0] * self.plan.steps(self.step):
+                        marks.pop(0)
+                    self._revise(seconds_left(), (now - began) / (self.step - first))
+                    bar.total = self.plan.steps(self.step)
+                if stop.asked or now - saved > max(SAVE_EVERY, save_cost / SAVE_SHARE):
+                    self.save(log)
+                    saved = time.monotonic()
+                    save_cost = saved - now
+                if stop.asked:
+                    raise Interrupted(f"saved at step {self.step}; run the same command again to go on")
+            self.save(log)
+
+    def describe(self, figures: dict[str, float], seconds_left: Callable[[], float] | None) -> str:
+        """What the progress bar says of a step."""
+        return f"loss {figures['loss']:.3f}, {figures['tokens_per_second']:,.0f} tokens/s"
+
+    def _revise(self, seconds_left: float, seconds_per_step: float) -> None:
+        steps = self.step + max(1, round(seconds_left / seconds_per_step))
+        self.plan.revisions.append((self.step, steps))
+        self.plan.save(self.folder)  # before the next step, which already follows it
+
+    def save(self, log) -> None:
+        log.flush()
+        state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens, "memory": self.memory}
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
+
+    def restore(self) -> None:
+        """Go back to the folder's checkpoint, if there is one, and drop log lines of steps after it."""
+        if self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+            self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
+            self.memory = state["memory"]
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
+            with atomic_write(self.metrics) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+class Supervised(Trainer):
+    """Next tokens of rows that are given: pretraining and fine-tuning.
+
+    `batches(step)` must be a pure function that gives the step's rows: ids, targets, positions, documents [B, T].
+    """
+
+    def __init__(self, model: Transformer, batches: Callable[[int], Any], plan: Plan, folder: Path) -> None:
+        super().__init__(model, plan, folder)
+        self.batches = batches
+        self.routers = [layer.gate for layer in model.moe_layers()]
+
+    def train_step(self) -> dict[str, float]:
+        """As Trainer's. InputError, weights untouched, when the loss is not finite."""
         plan, step = self.plan, self.step
         rate = learning_rate(step, plan.steps(step), plan.learning_rate, plan.warmup, plan.decay_share)
         decaying = plan.in_decay(step)
@@ -80,14 +182,7 @@ class Trainer:
             figures["mtp_loss"] += sum(loss.item() for loss in losses.mtp) / max(1, len(losses.mtp)) * share
             figures["balance"] += losses.balance.item() / parts if losses.balance is not None else 0.0
             loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
-        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, plan.clip).item()
-        if not math.isfinite(figures["loss"] + figures["grad_norm"]):  # before it reaches weights and checkpoint
-            raise InputError(
-                f"training diverged: the loss is {figures['loss']:.3g}, its gradient {figures['grad_norm']:.3g} "
-                f"at step {step + 1}; start again in another folder with a lower --learning-rate"
-            )
-        self.optimizer.step(rate)
-        self.optimizer.zero_grad()
+        figures["grad_norm"] = self.update(rate, figures["loss"])
         if loads:
             for router, load in zip(self.routers, loads, strict=True):
                 router.update_bias(load, 0.0 if decaying else plan.bias_update_speed)
@@ -95,68 +190,6 @@ class Trainer:
         self.step += 1
         self.tokens += batch.ids.numel()
         return {"step": self.step, "tokens": self.tokens, "learning_rate": rate, **figures}
-
-    def run(self, seconds_left: Callable[[], float] | None = None, quiet: bool = False) -> None:
-        """Train to the planned end. With `seconds_left` the plan's length is corrected so that it ends on time.
-
-        Raises Interrupted on Ctrl-C, once a checkpoint is written.
-        """
-        self.restore()
-        stop = _InterruptFlag()
-        began, before, first = time.monotonic(), self.seconds, self.step
-        saved, save_cost = began, 0.0
-        marks = list(REVISE_AT) if seconds_left else []
-        total = self.plan.steps(self.step)
-        bar = tqdm(
-            total=total, initial=self.step, unit="step", disable=quiet, file=sys.stderr, mininterval=0.5,
-            smoothing=0.05, dynamic_ncols=True,
-        )  # fmt: skip
-        with stop, open(self.metrics, "a", encoding="utf-8") as log, bar:
-            while self.step < self.plan.steps(self.step):
-                started = time.monotonic()
-                figures = self.train_step()
-                now = time.monotonic()
-                self.seconds = before + now - began
-                figures |= {"seconds": self.seconds, "tokens_per_second": self.step_tokens / (now - started)}
-                log.write(json.dumps({key: _short(value) for key, value in figures.items()}) + "\n")
-                bar.update()
-                bar.set_postfix_str(f"loss {figures['loss']:.3f}, {self.step_tokens / (now - started):,.0f} tokens/s")
-                if marks and self.step >= marks[0] * self.plan.steps(self.step):
-                    while marks and self.step >= marks[0] * self.plan.steps(self.step):
-                        marks.pop(0)
-                    self._revise(seconds_left(), (now - began) / (self.step - first))
-                    bar.total = self.plan.steps(self.step)
-                if stop.asked or now - saved > max(SAVE_EVERY, save_cost / SAVE_SHARE):
-                    self.save(log)
-                    saved = time.monotonic()
-                    save_cost = saved - now
-                if stop.asked:
-                    raise Interrupted(f"saved at step {self.step}; run the same command again to go on")
-            self.save(log)
-
-    @property
-    def step_tokens(self) -> int:
-        return self.plan.batch_size * self.plan.context
-
-    def _revise(self, seconds_left: float, seconds_per_step: float) -> None:
-        steps = self.step + max(1, round(seconds_left / seconds_per_step))
-        self.plan.revisions.append((self.step, steps))
-        self.plan.save(self.folder)  # before the next step, which already follows it
-
-    def save(self, log) -> None:
-        log.flush()
-        state = {"step": self.step, "seconds": self.seconds, "tokens": self.tokens}
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, state)
-
-    def restore(self) -> None:
-        """Go back to the folder's checkpoint, if there is one, and drop log lines of steps after it."""
-        if self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
-            self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
-            with atomic_write(self.metrics) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 class _InterruptFlag:

@@ -64,7 +64,7 @@ class MuonAdamW:
         weight_decay: float = 0.1, muon: bool = True, adamw_lr_scale: float = 1.0,
     ) -> None:  # fmt: skip
         shapes = matrix_shapes(model) if muon else {}
-        named = dict(model.named_parameters())
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.muon_names = [name for name in named if name in shapes]
         self.adam_names = [name for name in named if name not in shapes]
         self.shapes = shapes

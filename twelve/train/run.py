@@ -18,7 +18,7 @@ from twelve.convert import save
 from twelve.errors import InputError
 from twelve.files import FolderLock
 from twelve.model import Transformer, count_parameters
-from twelve.train.loop import Interrupted, Trainer
+from twelve.train.loop import NO_END, Interrupted, Supervised, Trainer
 from twelve.train.plan import Plan
 from twelve.train.precision import keep_freed_memory
 
@@ -69,7 +69,7 @@ def run(
         (folder / "training").mkdir(parents=True, exist_ok=True)
         if not resumed:
             _fix_length(prepared, folder, minutes, steps, started)
-        trainer = Trainer(prepared.make_model(), prepared.batches, plan, folder)
+        trainer = Supervised(prepared.make_model(), prepared.batches, plan, folder)
         _print_plan(plan, prepared, minutes, resumed)
         timed = minutes is not None and not resumed
         reserve = _reserve(trainer.model)
@@ -91,8 +91,8 @@ def _fix_length(prepared: Prepared, folder: Path, minutes: float | None, steps: 
     if steps is None and minutes is None:
         steps = EPOCHS * prepared.epoch_steps
     if steps is None:
-        plan.revisions = [(0, 10**9)]  # far from the decay
-        trial = Trainer(prepared.make_model(), prepared.batches, plan, folder)
+        plan.revisions = [(0, NO_END)]  # far from the decay
+        trial = Supervised(prepared.make_model(), prepared.batches, plan, folder)
         trial.train_step()  # the first one allocates and compiles
         began, done = time.monotonic(), 0
         while done < 2 or (time.monotonic() - began < min(CALIBRATION_SECONDS, 1.2 * minutes) and done < 50):
