@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 
 import twelve
 from twelve.errors import InputError
+from twelve.options import device, natural, not_negative, port, positive, positive_float, share, size
 
 STARTED = time.monotonic()  # --minutes counts the seconds that torch takes to import, too
 Result = dict[str, Any]
@@ -287,50 +286,6 @@ def _computing(made: argparse.ArgumentParser, draws: bool = True) -> None:
         made.add_argument("--seed", type=natural, help="of everything that is drawn")
     made.add_argument("--device", type=device, metavar="NAME", help="cpu, cuda, ... (default: what there is)")
     made.add_argument("--threads", type=positive, help="of the CPU (default: one a core)")
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
-
-
-def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and accepts(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return read
-
-
-positive = _number(int, lambda value: value >= 1, "a whole number from 1 on")
-natural = _number(int, lambda value: value >= 0, "a whole number from 0 on")
-port = _number(int, lambda value: 0 <= value <= 65535, "a port from 0 to 65535")
-positive_float = _number(float, lambda value: value > 0, "a number above 0")
-not_negative = _number(float, lambda value: value >= 0, "a number from 0 on")
-
-share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 1")
-
-
-def size(text: str) -> int:
-    """Bytes, written like 512MiB, 8GiB, 8GB or 1000000."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it like 512MiB or 8GiB")
-    power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-
-
-def device(text: str) -> str:
-    from twelve.train.precision import pick_device
-
-    try:
-        pick_device(text)
-    except InputError as error:  # a ValueError, which argparse would put in words of its own
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
