@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from twelve import report
 from twelve.errors import InputError
 from twelve.files import atomic_write
 from twelve.model import Transformer
@@ -41,6 +42,8 @@ class Trainer:
     """
 
     timed = False  # with a time to keep: go on until it is over, rather than for a planned number of steps
+    closing = 0.0  # seconds that `outcome` is thought to take
+    earlier = 0.0  # of a `timed` run, the seconds before it was resumed
 
     def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
         self.model, self.plan, self.folder = model.train(), plan, folder
@@ -59,6 +62,21 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimiser step; the figures of it, for the log."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """Before the first step of a run or of its resume, once the checkpoint is read."""
+
+    def outcome(self) -> dict[str, Any]:
+        """After the last step: more figures of the run."""
+        return {}
+
+    def announce(self) -> dict[str, str]:
+        """More lines of the plan that is printed."""
+        return {}
+
+    def sections(self, rows: list[dict[str, float]]) -> list[tuple[str, list[str]]]:
+        """What the report shows of the run, from the lines of its log."""
+        return [("Training", report.training_curves(rows))]
 
     def update(self, rate: float, loss: float) -> float:
         """Clip the gradients, step, and clear them; the gradients' norm before that.
@@ -82,6 +100,7 @@ class Trainer:
         Raises Interrupted on Ctrl-C, once a checkpoint is written.
         """
         self.restore()
+        self.begin()
         stop = _InterruptFlag()
         began, before, first = time.monotonic(), self.seconds, self.step
         saved, save_cost = began, 0.0
@@ -137,6 +156,7 @@ class Trainer:
             state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self.memory = state["memory"]
+            self.earlier = self.seconds if self.timed else 0.0
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
             with atomic_write(self.metrics) as temporary:

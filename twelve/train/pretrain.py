@@ -14,6 +14,7 @@ from twelve.data.shards import META, PackedData
 from twelve.data.tokenizer import Tokenizer
 from twelve.model import Transformer
 from twelve.model.transformer import has_compiler
+from twelve.train.loop import Supervised
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run
@@ -60,15 +61,15 @@ def pretrain(
         plan.check_data(data, folder)
         config = ModelConfig(**plan.config)
 
-        def make_model() -> Transformer:
-            return Transformer(config).init_weights(seed).to(target)
-
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
+        def make_trainer() -> Supervised:
+            return Supervised(Transformer(config).init_weights(seed).to(target), batches, plan, folder)
+
         epoch_steps = max(1, data.windows(context) // batch)
         chats = data.conversations > 0
-        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, chats)
+        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), chats, epoch_steps)
 
     return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
 

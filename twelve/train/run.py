@@ -17,27 +17,27 @@ from twelve.config import ModelConfig
 from twelve.convert import save
 from twelve.errors import InputError
 from twelve.files import FolderLock
-from twelve.model import Transformer, count_parameters
-from twelve.train.loop import NO_END, Interrupted, Supervised, Trainer
+from twelve.model import count_parameters
+from twelve.train.loop import NO_END, Interrupted, Trainer
 from twelve.train.plan import Plan
 from twelve.train.precision import keep_freed_memory
 
 EPOCHS = 3  # where neither minutes nor steps are given
 CALIBRATION_SECONDS = 4.0
 SAVE_BYTES_PER_SECOND = 100e6  # cautious, for what the end of a run writes
+HIDDEN = ("model", "before", "after")  # figures that the report does not show as tiles
 
 
 @dataclass
 class Prepared:
-    """What a stage brings: its plan (without its length), and how to make its model and its rows."""
+    """What a stage brings: its plan (without its length), and how to make its trainer."""
 
     plan: Plan
-    make_model: Callable[[], Transformer]
-    batches: Callable[[int], Any]
+    make_trainer: Callable[[], Trainer]  # with the model as the run begins
     tokenizer: Any
     card: Callable[[dict[str, Any]], str]  # model card from the run's figures
-    epoch_steps: int  # steps that see every token once
-    chats: bool  # whether the data holds conversations
+    chats: bool  # whether the model answers conversations
+    epoch_steps: int = 0  # steps that see every token once; 0 where data are made on the way
 
 
 def run(
@@ -67,13 +67,17 @@ def run(
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         (folder / "training").mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            _fix_length(prepared, folder, minutes, steps, started)
-        trainer = Supervised(prepared.make_model(), prepared.batches, plan, folder)
-        _print_plan(plan, prepared, minutes, resumed)
-        timed = minutes is not None and not resumed
-        reserve = _reserve(trainer.model)
-        seconds_left = (lambda: 60 * minutes - (time.monotonic() - started) - reserve) if timed else None
+        trainer = prepared.make_trainer()
+        if not resumed and _fix_length(trainer, prepared, minutes, steps, started):
+            trainer = None  # before another takes as much memory
+            trainer = prepared.make_trainer()
+        _print_plan(trainer, prepared, minutes, resumed)
+        seconds_left = None
+        if minutes is not None and (trainer.timed or not resumed):
+            # earlier seconds count where steps are not planned: a resume has the rest of the minutes
+            def seconds_left() -> float:
+                return 60 * minutes - trainer.earlier - (time.monotonic() - started) - _reserve(trainer)
+
         try:
             trainer.run(seconds_left, quiet)
         except Interrupted as stop:
@@ -85,51 +89,64 @@ def run(
         return _finish(trainer, prepared, folder, started)
 
 
-def _fix_length(prepared: Prepared, folder: Path, minutes: float | None, steps: int | None, started: float) -> None:
-    """Fill in the plan's number of steps, from the speed of a few trial steps when a time is asked for."""
+def _fix_length(
+    trainer: Trainer, prepared: Prepared, minutes: float | None, steps: int | None, started: float
+) -> bool:
+    """Fill in the plan's number of steps, from the speed of a few trial steps when a time is asked for.
+
+    True when the trainer did such steps.
+    """
     plan = prepared.plan
-    if steps is None and minutes is None:
-        steps = EPOCHS * prepared.epoch_steps
-    if steps is None:
+    trial = minutes is not None and steps is None and not trainer.timed
+    if trial:
         plan.revisions = [(0, NO_END)]  # far from the decay
-        trial = Supervised(prepared.make_model(), prepared.batches, plan, folder)
-        trial.train_step()  # the first one allocates and compiles
+        trainer.train_step()  # the first one allocates and compiles
         began, done = time.monotonic(), 0
         while done < 2 or (time.monotonic() - began < min(CALIBRATION_SECONDS, 1.2 * minutes) and done < 50):
-            trial.train_step()
+            trainer.train_step()
             done += 1
         seconds_per_step = (time.monotonic() - began) / done
-        left = 60 * minutes - (time.monotonic() - started) - _reserve(trial.model)
+        left = 60 * minutes - (time.monotonic() - started) - _reserve(trainer)
         steps = max(1, round(left / seconds_per_step))
         if left < 10 * seconds_per_step:
             raise InputError(
                 f"{minutes:g} minutes leave {max(0, left):.0f} s for training, at {seconds_per_step:.1f} s a step: "
                 "ask for more minutes or a smaller model"
             )
+    elif steps is None:
+        steps = NO_END if minutes is not None else EPOCHS * prepared.epoch_steps
     plan.revisions = [(0, steps)]
     plan.warmup = min(plan.warmup, max(1, steps // 10))
-    plan.save(folder)
+    plan.save(trainer.folder)
+    return trial
 
 
-def _reserve(model: Transformer) -> float:
-    """Seconds to keep for the last checkpoint, the model folder and the report."""
-    return 2.0 + 16 * sum(p.numel() for p in model.parameters()) / SAVE_BYTES_PER_SECOND
+def _reserve(trainer: Trainer) -> float:
+    """Seconds to keep for the last checkpoint, the model folder and the report, and what the stage does at its end."""
+    return 2.0 + 16 * sum(p.numel() for p in trainer.model.parameters()) / SAVE_BYTES_PER_SECOND + trainer.closing
 
 
-def _print_plan(plan: Plan, prepared: Prepared, minutes: float | None, resumed: bool) -> None:
-    sizes = _sizes(plan)
-    steps = plan.steps(0)
-    tokens = steps * plan.batch_size * plan.context
-    length = f"{steps:,} steps" + (f", what {minutes:g} minutes are thought to hold" if minutes and not resumed else "")
+def _print_plan(trainer: Trainer, prepared: Prepared, minutes: float | None, resumed: bool) -> None:
+    plan, sizes = trainer.plan, _sizes(trainer.plan)
     total, active = sizes["parameters"] / 1e6, sizes["active_parameters"] / 1e6
-    epochs = steps / prepared.epoch_steps
+    trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
+    steps = plan.steps(0)
+    length = f"{steps:,} steps" + (f", what {minutes:g} minutes are thought to hold" if minutes and not resumed else "")
+    if steps >= NO_END:
+        length = f"{minutes:g} minutes"
+    adapters = f", {trained:.2f}M of adapters are trained" if trained < 0.9 * total else ""
+    print(f"model     {total:.2f}M parameters, {active:.2f}M of them active a token{adapters}")
+    if prepared.epoch_steps:
+        tokens = steps * plan.batch_size * plan.context
+        epochs = steps / prepared.epoch_steps
+        print(f"data      {plan.data.get('tokens', 0):,} tokens; the run reads {tokens:,} ({epochs:.2f} epochs)")
+        length += f" of {plan.batch_size} x {plan.context} tokens"
     print(
-        f"model     {total:.2f}M parameters, {active:.2f}M of them active a token\n"
-        f"data      {plan.data.get('tokens', 0):,} tokens; the run reads {tokens:,} ({epochs:.2f} epochs)\n"
-        f"length    {length} of {plan.batch_size} x {plan.context} tokens\n"
+        f"length    {length}\n"
         f"machine   {plan.threads} threads, {plan.precision}{', compiled' if plan.compile else ''}",
-        flush=True,
-    )
+        *(f"{name:<9} {value}" for name, value in trainer.announce().items()),
+        sep="\n", flush=True,
+    )  # fmt: skip
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
@@ -143,17 +160,17 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
     last = rows[-max(1, len(rows) // 50) :]  # the mean of the last 2%: one step's loss is noise
     figures = {
         "model": str(folder), **_sizes(plan), "steps": trainer.step, "tokens": trainer.tokens,
-        "loss": round(sum(row["loss"] for row in last) / len(last), 4),
+        "loss": round(sum(row["loss"] for row in last) / max(1, len(last)), 4),
         "training_seconds": round(trainer.seconds, 1),
-        "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+        "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1), **trainer.outcome(),
     }  # fmt: skip
     save(trainer.model.eval(), prepared.tokenizer, folder, prepared.card(figures))
     path = folder / "training" / "report.html"
     asked = {key: value for key, value in plan.options.items() if value is not None}
     machine = f"{platform.processor() or platform.machine()}, {plan.threads} threads, torch {torch.__version__}"
     sections = [
-        ("Result", [report.tiles({k.replace("_", " "): v for k, v in figures.items() if k != "model"})]),
-        ("Training", report.training_curves(rows)),
+        ("Result", [report.tiles({k.replace("_", " "): v for k, v in figures.items() if k not in HIDDEN})]),
+        *trainer.sections(rows),
         ("Run", [report.facts({**asked, "machine": machine, "precision": plan.precision, "seed": plan.seed})]),
     ]
     report.write_report(path, f"{folder.name}: {plan.stage}", sections)

@@ -11,7 +11,7 @@ from twelve import __version__, convert
 from twelve.data.corpus import tokenize
 from twelve.data.shards import PackedData
 from twelve.errors import InputError
-from twelve.model import Transformer
+from twelve.train.loop import Supervised
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run
@@ -56,13 +56,13 @@ def sft(
             )  # fmt: skip
         plan.check_data(data, folder)
 
-        def make_model() -> Transformer:
-            return convert.load(source, device=target, dtype=torch.float32)[0]
-
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
-        return Prepared(plan, make_model, batches, words, lambda figures: _card(plan, figures), epoch_steps, True)
+        def make_trainer() -> Supervised:
+            return Supervised(convert.load(source, device=target, dtype=torch.float32)[0], batches, plan, folder)
+
+        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), True, epoch_steps)
 
     return run("sft", out, options, prepare, minutes, steps, started, quiet)
 
