@@ -31,6 +31,7 @@ Text and checkable tasks into a model folder, and a model folder into a conversa
   tokenize    text files into token shards
   pretrain    text into a model folder
   sft         a model folder and conversations into a model folder
+  rl          a model folder and checkable tasks into a model that solves them better
   eval        bits per byte of text, and accuracy on checkable tasks
   chat        talk to a model here
   generate    answer one prompt, or one a line of a file
@@ -66,7 +67,13 @@ def pretrain(options: Options) -> Result:
 def sft(options: Options) -> Result:
     from twelve.train.sft import sft
 
-    return sft(options.model, options.paths, options.out, **_given(options, TRAINING), started=STARTED)
+    return sft(options.model, options.paths, options.out, **_given(options, TRAINING | {"lora"}), started=STARTED)
+
+
+def rl(options: Options) -> Result:
+    from twelve.posttrain.rl import rl
+
+    return rl(options.model, options.out, options.task, **_given(options, REINFORCEMENT), started=STARTED)
 
 
 def evaluate(options: Options) -> Result:
@@ -144,6 +151,11 @@ def _engine(options: Options):
 # --- their options ----------------------------------------------------------------------------------------------------
 
 TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "device"}
+REINFORCEMENT = {
+    "level", "language", "minutes", "steps", "seed", "prompts", "group", "max_tokens", "temperature", "learning_rate",
+    "lora", "memory", "curriculum", "problems", "updates", "loss", "normalise", "kl", "off_policy", "format_reward",
+    "language_reward", "length_penalty", "device",
+}  # fmt: skip
 SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
 DISK = 4 * 2**30  # bytes of --cache without --cache-disk
@@ -194,6 +206,33 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl with 'messages'")
     made.add_argument("--out", default="runs/sft", metavar="FOLDER", help="the new model (default: runs/sft)")
     _training(made)
+    made.add_argument("--lora", type=positive, metavar="RANK", help="train adapters of this rank only: less memory")
+    _computing(made)
+
+    made = verb(rl, "rl", "MODEL --task TASK...", "Improve a model on checkable tasks. The same command again resumes.")
+    made.add_argument("model", metavar="MODEL")
+    made.add_argument("--task", nargs="+", required=True, metavar="TASK", help="names, mine.py, problems.jsonl")
+    made.add_argument("--level", nargs="+", type=positive, help="of the tasks (default: their own, or 1)")
+    made.add_argument("--language", nargs="+", choices=("en", "ko"), metavar="CODE", help="en, ko (default: both)")
+    made.add_argument("--out", default="runs/rl", metavar="FOLDER", help="the new model (default: runs/rl)")
+    _length(made)
+    made.add_argument("--memory", type=size, metavar="SIZE", help="that the process stays below, like 8GiB")
+    made.add_argument("--lora", type=natural, help="rank of adapters; 0 trains all (default: 16 above 20M parameters)")
+    made.add_argument("--prompts", type=positive, help="problems a step (default: 16)")
+    made.add_argument("--group", type=positive, help="answers a problem (default: 8)")
+    made.add_argument("--max-tokens", type=positive, help="of an answer (default: the task's, or 128)")
+    made.add_argument("--temperature", type=positive_float, help="of the answers (default: 1)")
+    made.add_argument("--learning-rate", type=positive_float, help="after five steps")
+    made.add_argument("--curriculum", choices=("uniform", "curriculum"), metavar="HOW", help="uniform, curriculum")
+    made.add_argument("--problems", type=positive, help="held out, answered before and after (default: 200)")
+    made.add_argument("--format-reward", type=not_negative, help="weight of <think> and <answer> (default: 0)")
+    made.add_argument("--language-reward", type=not_negative, help="of reasoning in the question's language")
+    made.add_argument("--length-penalty", type=not_negative, help="of right answers that use all tokens")
+    made.add_argument("--updates", type=positive, help="optimiser steps a step's answers serve for (default: 1)")
+    made.add_argument("--loss", choices=("token", "sequence", "constant"), metavar="HOW", help="token, sequence, constant")
+    made.add_argument("--normalise", choices=("std", "mean"), metavar="HOW", help="of rewards: std (R1), mean (Dr. GRPO)")
+    made.add_argument("--kl", type=not_negative, help="factor of the divergence from MODEL (default: 0)")
+    made.add_argument("--off-policy", type=positive_float, help="drift that masks worse answers (default: no mask)")
     _computing(made)
 
     made = verb(evaluate, "eval", "MODEL", "Measure a model. Name text, tasks or both.")
@@ -248,10 +287,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _training(made: argparse.ArgumentParser) -> None:
+def _length(made: argparse.ArgumentParser) -> None:
     length = made.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=positive_float, help="for everything, from start to end (default: 10)")
     length.add_argument("--steps", type=positive, help="optimiser steps, instead of --minutes")
+
+
+def _training(made: argparse.ArgumentParser) -> None:
+    _length(made)
     made.add_argument("--batch", type=positive, help="sequences a step")
     made.add_argument("--context", type=positive, help="tokens a sequence")
     made.add_argument("--learning-rate", type=positive_float, help="at the peak of the schedule")

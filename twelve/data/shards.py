@@ -172,13 +172,14 @@ class PackedData:
         """
         import torch
 
-        windows = self.windows(seq_len)
-        rows = [
-            self._row(_window(row, windows, seed), seq_len)
-            for row in range(index * batch_size, (index + 1) * batch_size)
-        ]
+        rows = [self._row(window, seq_len) for window in self.chosen(index, batch_size, seq_len, seed)]
         ids, targets, positions, documents = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
         return Batch(ids, targets, positions, documents.int())
+
+    def chosen(self, index: int, batch_size: int, seq_len: int, seed: int | None) -> list[int]:
+        """The windows that batch number `index` is made of."""
+        windows = self.windows(seq_len)
+        return [_window(row, windows, seed) for row in range(index * batch_size, (index + 1) * batch_size)]
 
     def _sum(self, count: str) -> int:
         return sum(counts[count] for counts in self.meta["kinds"].values())

@@ -143,6 +143,11 @@ class Tokenizer:
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every entry, added tokens too, and its id."""
+        return self._backend.get_vocab()
+
     def id_of(self, token: str) -> int | None:
         return self._backend.token_to_id(token)
 

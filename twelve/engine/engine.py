@@ -131,6 +131,13 @@ class Engine:
                 self._tiers.clear()
             self.pool.forget(self._identity())
 
+    def release(self) -> None:
+        """Give the memory of all keys and values back until it is needed again; what they would have saved is lost."""
+        with self._turns.alone():
+            self._generation += 1
+            self.pool.forget(self._identity())
+            self.runner.allocate(self.pool.count)
+
     def close(self) -> None:
         """Finish writing what is on its way to the disk. An engine without tiers needs no closing."""
         if self._tiers is not None:

@@ -19,6 +19,12 @@ from twelve.tasks.problem import Problem
 
 KEPT_SAMPLES = 8
 GROUP = 64  # problems that are answered together
+# for a base model that knows no chat: R1-Zero's idea (arXiv 2501.12948, section 2.2) in words of our own
+PLAIN = """\
+The assistant thinks about the user's question inside <think> </think> first, then gives the result inside \
+<answer> </answer>.
+User: {question}
+Assistant: """
 
 
 @dataclass
@@ -55,7 +61,7 @@ def task_accuracy(
     """Ask `n` problems of the task's test split through the chat template, and score the answers.
 
     There are fewer where the split has fewer. Greedy by default; a temperature draws by `seed`. InputError for an
-    unknown task, language or level, or a tokenizer without a chat template.
+    unknown task, language or level.
     """
     started = time.monotonic()
     scorer = tasks.get(task)
@@ -79,13 +85,23 @@ def task_accuracy(
     return result
 
 
+def prompt_ids(tokenizer, problem: Problem) -> list[int]:
+    """The tokens that ask for an answer: through the chat template with the task's SYSTEM message, if it has one, or
+    PLAIN where the model has no template."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(PLAIN.format(question=problem.question), control=False)
+    system = getattr(tasks.get(problem.task), "SYSTEM", None)
+    asked = [{"role": "system", "content": system}] if system else []
+    return encode_prompt(tokenizer, [*asked, {"role": "user", "content": problem.question}])
+
+
 def _answers(
     engine: Engine, tokenizer, problems: list[Problem], seed: int, temperature: float, max_tokens: int
 ) -> Iterator[tuple[Problem, Completion]]:
     """Every problem with its answer, in order; those of a group are made at once."""
     for start in range(0, len(problems), GROUP):
         group = problems[start : start + GROUP]
-        prompts = [encode_prompt(tokenizer, [{"role": "user", "content": problem.question}]) for problem in group]
+        prompts = [prompt_ids(tokenizer, problem) for problem in group]
         requests = [
             Request(prompt, max_tokens, temperature, seed=sub_seed(seed, start + index))
             for index, prompt in enumerate(prompts)

@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with_gradient = any(ctx.needs_input_grad)
         grad_hidden = torch.zeros_like(hidden) if with_gradient else None
-        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         weight_used = weight.to(hidden.dtype)
         for start in range(0, hidden.shape[0], chunk):
             rows, wanted = hidden[start : start + chunk], targets[start : start + chunk]
@@ -57,6 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.mul_((valid / count)[:, None])
                 logits = logits.to(hidden.dtype)
                 torch.mm(logits, weight_used, out=grad_hidden[start : start + chunk])
+                if grad_weight is None:
+                    continue
                 if logits.dtype == grad_weight.dtype:
                     grad_weight.addmm_(logits.T, rows)
                 else:  # bfloat16 products, gathered in the weight's float32
@@ -68,7 +70,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
@@ -84,3 +88,56 @@ def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     """The same in the obvious way."""
     loss = F.cross_entropy((hidden @ weight.T).double(), targets.clamp(min=-1), ignore_index=-1, reduction="sum")
     return loss / (targets >= 0).sum().clamp(min=1)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Log-probabilities and entropies chunk by chunk; the backward makes the logits of a chunk again."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int):
+        ctx.temperature, ctx.chunk = temperature, chunk
+        used = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropies, log_sums = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ used.T).to(wide).div_(temperature)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            logits.sub_(log_z)
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
+            log_sums[part] = log_z[:, 0]
+            entropies[part] = -(logits.exp() * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        hidden, weight, targets, log_sums = ctx.saved_tensors
+        used = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = (hidden[part] @ used.T).to(grad.dtype).div_(ctx.temperature)
+            slope = logits.sub_(log_sums[part, None]).exp_().mul_(-grad[part, None])
+            slope.scatter_add_(1, targets[part, None], grad[part, None])
+            slope = slope.div_(ctx.temperature).to(hidden.dtype)
+            torch.mm(slope, used, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += slope.T @ hidden[part]
+        return grad_hidden, grad_weight, None, None, None
+
+
+LOGITS = 1 << 23  # elements of a chunk of logits: 32 MiB
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability (natural) of each target under softmax(hidden @ weight.T / temperature), and the entropy there.
+
+    hidden [N, D], weight [V, D], targets [N] int64 -> two float32 [N]; only the first has a gradient. No more than
+    LOGITS logits exist at a time.
+    """
+    return _LinearLogProbs.apply(hidden, weight, targets, temperature, chunk or max(16, LOGITS // len(weight)))

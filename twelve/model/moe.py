@@ -23,7 +23,13 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Scores, choice and gates. The bias takes part in the choice only, and only `update_bias` changes it."""
+    """Scores, choice and gates. The bias takes part in the choice only, and only `update_bias` changes it.
+
+    `forced` [N, k], when it is not None, takes the place of the choice: training then keeps the routing of a rollout
+    (V3.2, arXiv 2512.02556, section 3.1).
+    """
+
+    forced: Tensor | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,7 +47,7 @@ class Router(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.weight.to(wide))
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
-        chosen = self._choose(scores.detach())
+        chosen = self._choose(scores.detach()) if self.forced is None else self.forced
         gates = scores.gather(1, chosen)
         if c.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
 from twelve.model.moe import Experts, MoE, Router, Routing
 from twelve.model.mtp import MTPModule, shift_targets
 from twelve.model.rope import inverse_frequencies
+
+MainLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -188,15 +191,16 @@ class Transformer(nn.Module):
 
     def losses(
         self, ids: Tensor, targets: Tensor, documents: Tensor | None = None, positions: Tensor | None = None,
-        mtp_weight: float = 0.3, balance_weight: float = 1e-4,
+        mtp_weight: float = 0.3, balance_weight: float = 1e-4, main_loss: MainLoss = linear_cross_entropy,
     ) -> Losses:  # fmt: skip
         """Training losses of ids [B, T] against next tokens [B, T], negative where there is none.
 
         total = main + mtp_weight * mean over MTP depths + balance_weight * mean over MoE layers (V3 equations 18, 25).
+        main = main_loss(states [B * T, D], head [V, D], targets [B * T]), which distillation replaces.
         """
         at = self.positions(ids, 0, positions, documents)
         states, routings = self.hidden(ids, at)
-        losses = Losses(None, linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten()))
+        losses = Losses(None, main_loss(states.flatten(0, 1), self.head_weight, targets.flatten()))
         losses.total = losses.main
         following = ids
         for module in self.mtp:

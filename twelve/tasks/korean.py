@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
 # final consonants in the order of Unicode's Hangul syllables, 28 to a vowel
 FINALS = ("", *"ㄱㄲㄳㄴㄵㄶㄷㄹㄺㄻㄼㄽㄾㄿㅀㅁㅂㅄㅅㅆㅇㅈㅊㅋㅌㅍㅎ")
 DIGITS = "영일이삼사오육칠팔구"
 SMALL_UNITS = "십백천"
 LARGE_UNITS = "만억조경"  # of four digits each
+UNITS = {
+    "mm": "밀리미터", "cm": "센티미터", "m": "미터", "km": "킬로미터", "mg": "밀리그램", "g": "그램", "kg": "킬로그램",
+    "t": "톤", "mL": "밀리리터", "L": "리터",
+}  # fmt: skip
+LETTERS = {"l": "엘", "m": "엠", "n": "엔", "r": "알"}  # the names of all others end in a vowel
 
 
 def final_consonant(word: str) -> str:
-    """The consonant that ends the word when read aloud, "" for a vowel. Digits are read in Sino-Korean (10 is 십);
-    what is neither Hangul nor a digit counts as a vowel."""
+    """The consonant that ends the word when read aloud, "" for a vowel. Digits are read in Sino-Korean (10 is 십), the
+    units of UNITS in full (kg is 킬로그램), single letters and capitals by their names (N is 엔); what else is not
+    Hangul counts as a vowel."""
     last = word[-1:]
     if last.isascii() and last.isdigit():
         last = _last_syllable_of_number(word)
+    elif last.isascii() and last.isalpha():
+        last = _last_syllable_of_letters(word)
     return FINALS[(ord(last) - 0xAC00) % 28] if "가" <= last <= "힣" else ""
 
 
@@ -44,3 +54,12 @@ def _last_syllable_of_number(word: str) -> str:
     if zeros < 4:
         return SMALL_UNITS[zeros - 1]
     return LARGE_UNITS[min(zeros // 4, len(LARGE_UNITS)) - 1]
+
+
+def _last_syllable_of_letters(word: str) -> str:
+    """Of the Latin letters that end the word. One letter alone is a unit only after a number: 5m is 오 미터, m is 엠."""
+    letters = re.search("[A-Za-z]+$", word)[0]
+    before = word.removesuffix(letters).rstrip()
+    if letters in UNITS and (len(letters) > 1 or before[-1:].isdigit()):
+        return UNITS[letters][-1]
+    return LETTERS.get(letters[-1].lower(), "") if len(letters) == 1 or letters.isupper() else ""

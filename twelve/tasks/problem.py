@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
 
 from twelve.errors import InputError
 
 LANGUAGES = ("ko", "en")
-HELD_OUT_SHARE = 10  # one calculation in ten is for testing only
+HELD_OUT_SHARE = 10  # one problem in ten is for testing only
 LARGEST = 99  # no result in a chain is larger, or below 0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its worked solution."""
+    """A question with its worked solution, and what a scorer needs."""
 
     task: str
     language: str  # "ko" or "en"
-    level: int  # number of operations
+    level: int  # how hard, from 1; each task says what of
     question: str
-    steps: str  # one equation a line, the same in every language
-    answer: int
+    steps: str  # the worked solution, a step a line; may be empty
+    answer: int | str
+    data: Mapping[str, object] = field(default_factory=dict, hash=False)  # for the scorer, beyond the answer
+    key: str = ""  # what is asked, whatever the wording; empty where the steps say it
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation that teaches it."""
@@ -34,15 +36,18 @@ class Problem:
 
 
 def is_held_out(problem: Problem) -> bool:
-    """Whether a problem is for testing only. Its steps decide, so all wordings of a calculation fall on one side."""
-    return int.from_bytes(hashlib.sha256(problem.steps.encode()).digest()[:8]) % HELD_OUT_SHARE == 0
+    """Whether a problem is for testing only. Its key decides, or else its steps, or else its question: all wordings of
+    what has the same key, or the same steps, fall on one side."""
+    content = problem.key or problem.steps or problem.question
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) % HELD_OUT_SHARE == 0
 
 
 def check(level: int, largest_level: int, language: str) -> None:
+    """InputError for a level or language that a task does not have."""
     if language not in LANGUAGES:
         raise InputError(f"unknown language {language!r}; there are: {', '.join(LANGUAGES)}")
     if not 1 <= level <= largest_level:
-        raise InputError(f"level {level} must lie between 1 and {largest_level}, the number of operations")
+        raise InputError(f"level {level} must lie between 1 and {largest_level}")
 
 
 class Chain:

@@ -17,7 +17,10 @@ from tqdm import tqdm
 from twelve import report
 from twelve.errors import InputError
 from twelve.files import atomic_write
+from twelve.lora import refresh
 from twelve.model import Transformer
+from twelve.model.layers import linear_cross_entropy
+from twelve.model.transformer import MainLoss
 from twelve.train.checkpoint import load_checkpoint, save_checkpoint
 from twelve.train.optimizer import MuonAdamW
 from twelve.train.plan import Plan
@@ -43,6 +46,7 @@ class Trainer:
 
     timed = False  # with a time to keep: go on until it is over, rather than for a planned number of steps
     closing = 0.0  # seconds that `outcome` is thought to take
+    stopped = False  # a step may set it, and is then the last
     earlier = 0.0  # of a `timed` run, the seconds before it was resumed
 
     def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
@@ -91,7 +95,12 @@ class Trainer:
             )
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
+        self.changed()
         return norm
+
+    def changed(self) -> None:
+        """The parameters are new ones: after a step, and once the checkpoint is read."""
+        refresh(self.model)
 
     def run(self, seconds_left: Callable[[], float] | None = None, quiet: bool = False) -> None:
         """Train to the planned end. With `seconds_left` the plan's length is corrected so that it ends on time, or, for
@@ -128,10 +137,12 @@ class Trainer:
                         marks.pop(0)
                     self._revise(seconds_left(), (now - began) / (self.step - first))
                     bar.total = self.plan.steps(self.step)
-                if stop.asked or now - saved > max(SAVE_EVERY, save_cost / SAVE_SHARE):
+                if self.stopped or stop.asked or now - saved > max(SAVE_EVERY, save_cost / SAVE_SHARE):
                     self.save(log)
                     saved = time.monotonic()
                     save_cost = saved - now
+                if self.stopped:
+                    break
                 if stop.asked:
                     raise Interrupted(f"saved at step {self.step}; run the same command again to go on")
             self.save(log)
@@ -154,6 +165,7 @@ class Trainer:
         """Go back to the folder's checkpoint, if there is one, and drop log lines of steps after it."""
         if self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint, self.model, self.optimizer)
+            self.changed()
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self.memory = state["memory"]
             self.earlier = self.seconds if self.timed else 0.0
@@ -173,6 +185,10 @@ class Supervised(Trainer):
         super().__init__(model, plan, folder)
         self.batches = batches
         self.routers = [layer.gate for layer in model.moe_layers()]
+
+    def main_loss(self, batch: Any, rows: slice) -> MainLoss:
+        """What these rows of the batch are judged by."""
+        return linear_cross_entropy
 
     def train_step(self) -> dict[str, float]:
         """As Trainer's. InputError, weights untouched, when the loss is not finite."""
@@ -195,6 +211,7 @@ class Supervised(Trainer):
                 losses = self.model.losses(
                     ids, targets, documents if several else None, positions if several else None,
                     mtp_weight=plan.mtp_weight[decaying], balance_weight=plan.balance_weight,
+                    main_loss=self.main_loss(batch, rows),
                 )  # fmt: skip
             share = int((targets >= 0).sum()) / counted if parts > 1 else 1.0
             (losses.total * share).backward()

@@ -17,6 +17,7 @@ from twelve.config import ModelConfig
 from twelve.convert import save
 from twelve.errors import InputError
 from twelve.files import FolderLock
+from twelve.lora import merge
 from twelve.model import count_parameters
 from twelve.train.loop import NO_END, Interrupted, Trainer
 from twelve.train.plan import Plan
@@ -164,7 +165,7 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
         "training_seconds": round(trainer.seconds, 1),
         "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1), **trainer.outcome(),
     }  # fmt: skip
-    save(trainer.model.eval(), prepared.tokenizer, folder, prepared.card(figures))
+    save(merge(trainer.model.eval()), prepared.tokenizer, folder, prepared.card(figures))
     path = folder / "training" / "report.html"
     asked = {key: value for key, value in plan.options.items() if value is not None}
     machine = f"{platform.processor() or platform.machine()}, {plan.threads} threads, torch {torch.__version__}"

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from twelve import __version__, convert
 from twelve.data.corpus import tokenize
 from twelve.data.shards import PackedData
+from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
+from twelve.lora import attach
 from twelve.train.loop import Supervised
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run
 
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 3e-3  # adapters want about ten times as much (docs/lab.md)
+
+
+class Lesson(Protocol):
+    """Another loss on the same rows, as distillation has it."""
+
+    options: dict[str, Any]  # what decides it, for the plan
+
+    def prepare(self, tokenizer: Tokenizer, data: PackedData, plan: Plan, folder: Path) -> Callable[..., Supervised]:
+        """Once a run or a resume, before the model is loaded: what makes the trainer, as Supervised's arguments."""
+        ...
+
 
 def sft(
     model: str | Path, paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None,
-    seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 3e-4, muon: bool = False,
-    compile: bool = False, device: str | None = None, started: float | None = None, quiet: bool = False,
+    seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float | None = None,
+    lora: int | None = None, muon: bool = False, compile: bool = False, device: str | None = None,
+    started: float | None = None, quiet: bool = False, lesson: Lesson | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune the model (a folder, a .gguf file, a package's name) on `messages`; the same call again resumes.
 
     Length, errors and result are as for `pretrain`; without `minutes` and `steps`, three passes over the conversations.
     AdamW by default: Muon took most of a step on a model of 135M parameters, and is of little use on weights that AdamW
     made (arXiv 2502.16982).
+
+    With `lora`, a rank, only adapters of that rank are trained (`twelve.lora`), in a fraction of the memory, and merged
+    at the end; the model may then be a packed one, and stays packed until then. A `lesson` puts another loss in the
+    place of the cross entropy.
     """
+    learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
+    if lora and (muon or compile):
+        raise InputError("lora goes with neither muon nor compile: leave them out")
     options = {
         "model": str(model), "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
-        "context": context, "batch": batch, "learning_rate": learning_rate, "muon": muon, "compile": compile,
-        "device": device,
+        "context": context, "batch": batch, "learning_rate": learning_rate, "lora": lora, "muon": muon,
+        "compile": compile, "device": device,
     }  # fmt: skip
+    options |= lesson.options if lesson else {}
     source = convert.resolve(model)
     if source.resolve() == Path(out).resolve():
         raise InputError(f"{out} is the model to start from: name another folder with --out")
@@ -40,7 +64,8 @@ def sft(
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
         config = convert.load_config(source)
-        convert.require_floats(source)
+        if not lora:
+            convert.require_floats(source)
         words = convert.load_tokenizer(source)
         shards = folder / "training" / "data"
         tokenize(paths, shards, words, progress=not quiet)
@@ -55,12 +80,16 @@ def sft(
                 compile=compile,
             )  # fmt: skip
         plan.check_data(data, folder)
+        trainer = lesson.prepare(words, data, plan, folder) if lesson else Supervised
 
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
         def make_trainer() -> Supervised:
-            return Supervised(convert.load(source, device=target, dtype=torch.float32)[0], batches, plan, folder)
+            model, _ = convert.load(source, device=target, dtype=torch.float32, packed=bool(lora))
+            if lora:
+                attach(model, lora, seed=seed, merged=False)
+            return trainer(model, batches, plan, folder)
 
         return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), True, epoch_steps)
 
@@ -70,9 +99,11 @@ def sft(
 def _card(plan: Plan, figures: dict[str, Any]) -> str:
     source = plan.options["model"]
     sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
+    teacher = plan.options.get("teacher")
+    taught = f" with the probabilities of `{teacher}`" if teacher else ""
     return f"""# {Path(figures['model']).name}
 
-Fine-tuned from `{source}` on conversations with twelve {__version__}; loss on the assistant's words only.
+Fine-tuned from `{source}` on conversations{taught} by twelve {__version__}; loss on the assistant's words only.
 
 | | |
 |---|---|

@@ -1,0 +1,1 @@
+"""What comes after pretraining: reinforcement learning from checkable tasks, and distillation."""

@@ -1,0 +1,141 @@
+"""The verb `rl`: a model folder and tasks in, a model folder out, better at these tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twelve import __version__, convert, tasks
+from twelve.errors import InputError
+from twelve.lora import attach
+from twelve.model import Transformer, count_parameters
+from twelve.posttrain.curriculum import HOW, Cell
+from twelve.posttrain.grpo import Objective
+from twelve.posttrain.reinforcement import Reinforcement
+from twelve.posttrain.rewards import Rewards
+from twelve.train.plan import Plan
+from twelve.train.precision import pick_device
+from twelve.train.run import Prepared, run
+
+MINUTES = 10.0  # where neither minutes nor steps are given
+ADAPTERS_FROM = 20_000_000  # parameters; a larger model is trained through adapters unless told otherwise
+RANK = 16
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 3e-4  # docs/lab.md
+MAX_TOKENS = 128
+
+
+def rl(
+    model: str | Path, out: str | Path, task: Sequence[str], *, level: Sequence[int] | None = None,
+    language: Sequence[str] | None = None, minutes: float | None = None, steps: int | None = None, seed: int = 0,
+    prompts: int = 16, group: int = 8, max_tokens: int | None = None, temperature: float = 1.0,
+    learning_rate: float | None = None, lora: int | None = None, memory: int | None = None,
+    curriculum: str = HOW[0], problems: int = 200, updates: int = 1, loss: str = "token", normalise: str = "std",
+    kl: float = 0.0, off_policy: float | None = None, format_reward: float = 0.0, language_reward: float = 0.0,
+    length_penalty: float = 0.0, device: str | None = None, started: float | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Improve a model (a folder, a .gguf file, a package's name) on checkable tasks by GRPO; the same call resumes.
+
+    task: names that `tasks.get` knows, a user's .py file among them. A step samples `group` answers to each of
+    `prompts` problems. lora: rank of the adapters, 0 trains everything; by default a model above 20M parameters gets
+    adapters. memory: bytes that the process stays below. problems: held-out ones, answered before and after. updates:
+    optimiser steps a rollout. The rest: `grpo.Objective`, `rewards.Rewards`, `curriculum`.
+
+    Returns the figures of the run. InputError for whatever of this cannot be, Interrupted on Ctrl-C.
+    """
+    if minutes is None and steps is None:
+        minutes = MINUTES
+    source = convert.resolve(model)
+    if source.resolve() == Path(out).resolve():
+        raise InputError(f"{out} is the model to start from: name another folder with --out")
+    cells = cells_of(task, level, language)
+    if max_tokens is None:
+        max_tokens = max(getattr(tasks.get(name), "MAX_TOKENS", MAX_TOKENS) for name in task)
+    if group < 2:
+        raise InputError("a group of one answer has nothing to compare: ask for --group 2 or more")
+    objective = Objective(loss=loss, normalise=normalise, kl=kl, off_policy=off_policy)
+    rewards = Rewards(format=format_reward, language=language_reward, length=length_penalty)
+    config = convert.load_config(source)
+    if lora is None:
+        lora = RANK if count_parameters(config)["total"] >= ADAPTERS_FROM else 0
+    learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
+    options = {
+        "model": str(model), "task": [str(name) for name in task], "level": level and list(level),
+        "language": language and list(language), "minutes": minutes, "steps": steps, "seed": seed, "prompts": prompts,
+        "group": group, "max_tokens": max_tokens, "temperature": temperature, "learning_rate": learning_rate,
+        "lora": lora, "memory": memory, "curriculum": curriculum, "problems": problems, "updates": updates,
+        "loss": loss, "normalise": normalise, "kl": kl, "off_policy": off_policy, "format_reward": format_reward,
+        "language_reward": language_reward, "length_penalty": length_penalty, "device": device,
+    }  # fmt: skip
+
+    def prepare(folder: Path, plan: Plan | None) -> Prepared:
+        target = pick_device(device)
+        if not lora:
+            convert.require_floats(source)
+        words = convert.load_tokenizer(source)
+        if plan is None:
+            plan = Plan(
+                stage="rl", options=options, config=config.to_dict(), data={}, batch_size=prompts * group,
+                micro_batch_size=prompts * group, context=config.max_position_embeddings, learning_rate=learning_rate,
+                seed=seed, threads=torch.get_num_threads(), precision="float32", muon=False, weight_decay=0.0, warmup=5,
+            )  # fmt: skip
+
+        def make_trainer() -> Reinforcement:
+            network, reference = _load(source, lora, target, seed), None
+            if kl and not lora:
+                reference = _load(source, 0, target, seed).requires_grad_(False)
+            return Reinforcement(network, words, plan, folder, cells, objective, rewards, reference)
+
+        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), chats=True)
+
+    return run("rl", out, options, prepare, minutes, steps, started, quiet)
+
+
+def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequence[str] | None) -> list[Cell]:
+    """Every task with every level and language, of those asked for or else of the task's own; each is tried.
+
+    InputError for what a task does not have.
+    """
+    cells = [
+        Cell(str(name), each, code)
+        for name in task
+        for each in level or getattr(tasks.get(name), "LEVELS", (1,))
+        for code in language or getattr(tasks.get(name), "LANGUAGES", tasks.LANGUAGES)
+    ]
+    for cell in cells:
+        next(tasks.problems(cell.task, "train", 0, [cell.level], [cell.language]))
+    return cells
+
+
+def _load(source: Path, rank: int, device: torch.device, seed: int) -> Transformer:
+    """The model to train; with adapters, the frozen weights stay as they are stored."""
+    model, _ = convert.load(source, device=device, dtype=torch.float32, packed=bool(rank))
+    return attach(model, rank, seed=seed) if rank else model
+
+
+def _card(plan: Plan, figures: dict[str, Any]) -> str:
+    o = plan.options
+    tasked = "\n".join(f"- `{name}`" for name in o["task"])
+    adapters = f", through adapters of rank {o['lora']}" if o["lora"] else ""
+    return f"""# {Path(figures['model']).name}
+
+Made from `{o['model']}` by reinforcement learning (GRPO) on checkable tasks with twelve {__version__}{adapters}.
+
+| | |
+|---|---|
+| held-out problems right before | {figures['accuracy_before']:.1%} |
+| after | {figures['accuracy_after']:.1%} ± {figures['standard_error']:.1%} (one standard error) |
+| steps | {figures['steps']} of {o['prompts']} problems x {o['group']} answers |
+| tokens sampled | {figures['tokens']:,} |
+| time | {figures['training_seconds']} s |
+| most memory | {figures['peak_memory'] / 2**30:.2f} GiB |
+| seed | {plan.seed} |
+
+Tasks:
+
+{tasked}
+
+Limits: it was rewarded for nothing but these tasks, and may have become worse at others.
+"""

@@ -1,0 +1,231 @@
+"""Distillation from traces: the teacher samples, the verifier filters, and the best of what is left is kept.
+
+What is written is JSONL of messages, which `twelve sft` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from twelve import tasks
+from twelve.errors import InputError
+from twelve.files import atomic_write
+from twelve.posttrain.teacher import EndpointError, Teacher
+from twelve.tasks import Problem
+
+WINDOW = 16  # problems asked together; a stop costs at most those of one window that nobody solved
+HOPELESS = 16  # windows without one accepted answer after which there is no point in going on
+FEATURES = 512  # dimensions that n-grams are hashed into
+GRAM = 4  # characters
+
+Trace = dict[str, Any]  # messages, task, level, language, pass_rate, problem
+
+
+def problem_stream(
+    names: Sequence[str], seed: int = 0, levels: Sequence[int] = (1,), languages: Sequence[str] = tasks.LANGUAGES
+) -> Iterator[Problem]:
+    """Training problems without end: tasks, levels and languages in turn."""
+    streams = [tasks.problems(name, "train", seed, levels, languages) for name in names]
+    while True:
+        for stream in streams:
+            yield next(stream)
+
+
+def collect(
+    path: str | Path, teachers: dict[str | None, Sequence[Teacher]], names: Sequence[str], *, problems: int = 1000,
+    samples: int = 4, levels: Sequence[int] = (1,), languages: Sequence[str] = tasks.LANGUAGES, max_tokens: int = 512,
+    temperature: float = 1.0, seed: int = 0, seconds: float | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Ask `samples` answers to each of `problems` problems, and append what passes the verifier to the JSONL `path`.
+
+    `teachers` are those of a task by its name, and under None those of every other; several take turns. Stops early
+    when `seconds` are over. What is written stays: the same call again goes on behind the last problem in the file.
+    Returns {"problems", "samples", "accepted", "pass_rate"}.
+
+    InputError when nothing passes, and when an endpoint stops answering: with what there is, and how to go on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began, longest = time.monotonic(), 0.0
+    traces = read_traces(path, mend=True)
+    solved, known = {trace["problem"] for trace in traces}, {_text(trace) for trace in traces}
+    window = max(solved, default=0) // WINDOW
+    first = window * WINDOW
+    stream = islice(problem_stream(names, seed, levels, languages), first, problems)
+    asked, accepted = first, len(traces)
+    bar = tqdm(total=problems, initial=first, desc="traces", unit="problem", disable=quiet)
+    with open(path, "a", encoding="utf-8") as file, bar:
+        while batch := list(enumerate(islice(stream, WINDOW), start=asked)):
+            now = time.monotonic()
+            if seconds is not None and now + longest > began + seconds:
+                break
+            try:
+                for number, problem, texts in _answers(batch, solved, teachers, samples, max_tokens, temperature, seed):
+                    passed = [trace for trace in _accepted(problem, texts, number) if _text(trace) not in known]
+                    known.update(map(_text, passed))
+                    file.write("".join(json.dumps(trace, ensure_ascii=False) + "\n" for trace in passed))
+                    file.flush()
+                    accepted += len(passed)
+            except EndpointError as error:
+                kept = f"{accepted:,} traces are kept in {path}"
+                raise InputError(f"{error}; {kept}: run the same command again to go on") from error
+            asked, longest = asked + len(batch), max(longest, time.monotonic() - now)
+            bar.update(len(batch))
+            bar.set_postfix_str(f"{accepted:,} traces")
+            if not accepted and asked >= HOPELESS * WINDOW:
+                break
+    if not accepted:
+        raise InputError(
+            f"nothing passed the verifier: 0 of {asked * samples:,} answers to {asked:,} problems of "
+            f"{', '.join(names)}, a pass rate of 0%: choose easier levels, more --max-tokens or a better teacher"
+        )
+    rates = {trace["problem"]: trace["pass_rate"] for trace in read_traces(path)}
+    return {
+        "problems": asked, "samples": asked * samples, "accepted": accepted,
+        "pass_rate": round(sum(rates.values()) / max(1, asked), 4),
+    }  # fmt: skip
+
+
+def _answers(
+    batch: list[tuple[int, Problem]], solved: set[int], teachers: dict[str | None, Sequence[Teacher]], samples: int,
+    max_tokens: int, temperature: float, seed: int,
+) -> Iterator[tuple[int, Problem, list[str]]]:  # fmt: skip
+    """Each problem that is not solved yet, with its number and the complete answers of its teacher ("" for others)."""
+    shares: dict[int, tuple[Teacher, list[tuple[int, Problem]]]] = {}
+    for number, problem in batch:
+        able = teachers.get(problem.task) or teachers[None]
+        teacher = able[number % len(able)]
+        if number not in solved:
+            shares.setdefault(id(teacher), (teacher, []))[1].append((number, problem))
+    for teacher, share in shares.values():
+        drawn = seed << 32 | share[0][0]  # differs from window to window
+        for index, answers in teacher.answers([p for _, p in share], samples, max_tokens, temperature, drawn):
+            yield *share[index], [answer.text if answer.complete else "" for answer in answers]
+
+
+def _accepted(problem: Problem, texts: list[str], number: int) -> list[Trace]:
+    """The different right answers among those to one problem; `pass_rate` is the share of right ones."""
+    scores = tasks.score_all([problem] * len(texts), texts)
+    right = [text for text, score in zip(texts, scores, strict=True) if score >= 1]
+    question = problem.messages()[:-1]
+    return [
+        {
+            "messages": [*question, {"role": "assistant", "content": text}], "task": problem.task,
+            "level": problem.level, "language": problem.language, "pass_rate": len(right) / len(texts),
+            "problem": number,
+        }
+        for text in dict.fromkeys(right)
+    ]  # fmt: skip
+
+
+def read_traces(path: str | Path, mend: bool = False) -> list[Trace]:
+    """The traces of a file, none if there is no file; `mend` takes away a last line that a killed process left half.
+
+    InputError for anything else that is no trace.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if lines[-1]:
+        if not mend:
+            raise InputError(f"{path} ends within a line: it is being written, or was when its writer was stopped")
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size - len(lines[-1]))
+    traces = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            trace = json.loads(line)
+            trace["messages"], trace["problem"], trace["pass_rate"] = (
+                trace["messages"], int(trace["problem"]), float(trace["pass_rate"]),
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: not a trace ({error!r}): name another file") from error
+        traces.append(trace)
+    return traces
+
+
+def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
+    with atomic_write(path) as temporary:
+        lines = (json.dumps(trace, ensure_ascii=False) + "\n" for trace in traces)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def select(traces: Sequence[Trace], count: int, seed: int = 0, how: str = "best") -> list[Trace]:
+    """`count` of the traces (all, where there are no more), in their order.
+
+    "best" spreads them evenly over tasks, levels and languages. In each of these it takes, one after the other, what
+    is most useful: a problem that the teacher solves sometimes (4 p (1 - p), from 0 to 1) plus the distance of the
+    solution to the nearest one taken before (1 - cosine of their n-grams, from 0 to 1); of equals the shortest.
+    "random" draws.
+    """
+    if how not in ("best", "random"):
+        raise InputError(f"unknown selection {how!r}: best or random")
+    if count >= len(traces):
+        return list(traces)
+    if how == "random":
+        return [traces[index] for index in sorted(Random(seed).sample(range(len(traces)), count))]
+    cells = defaultdict(list)
+    for index, trace in enumerate(traces):
+        cells[trace["task"], trace["level"], trace["language"]].append(index)
+    quotas = _shares([len(members) for members in cells.values()], count)
+    chosen: list[int] = []
+    for members, quota in zip(cells.values(), quotas, strict=True):
+        Random(seed).shuffle(members)
+        members.sort(key=lambda index: len(_solution(traces[index])))
+        chosen += _farthest([traces[index] for index in members], quota, members)
+    return [traces[index] for index in sorted(chosen)]
+
+
+def _shares(sizes: Sequence[int], count: int) -> list[int]:
+    """`count` divided as evenly as `sizes` allow."""
+    shares = [0] * len(sizes)
+    for place, index in enumerate(sorted(range(len(sizes)), key=lambda index: sizes[index])):
+        shares[index] = min(sizes[index], count // (len(sizes) - place))
+        count -= shares[index]
+    return shares
+
+
+def _farthest(traces: list[Trace], count: int, names: list[int]) -> list[int]:
+    """Greedy farthest-first from the most useful; `names` of the chosen."""
+    features = np.stack([_features(_solution(trace)) for trace in traces])
+    useful = np.array([4 * trace["pass_rate"] * (1 - trace["pass_rate"]) for trace in traces])
+    distance = np.ones(len(traces))
+    chosen = []
+    for _ in range(count):
+        best = int(np.argmax(np.round(useful + distance, 6)))  # the first of equals, which is the shortest
+        chosen.append(names[best])
+        distance = np.minimum(distance, 1 - features @ features[best])
+        useful[best] = -np.inf
+    return chosen
+
+
+def _text(trace: Trace) -> str:
+    """Question and solution."""
+    return "\n".join(message["content"] for message in trace["messages"])
+
+
+def _solution(trace: Trace) -> str:
+    return trace["messages"][-1]["content"]
+
+
+def _features(text: str) -> np.ndarray:
+    """Counts of the n-grams of a text without its spacing and case, hashed into [FEATURES], of length 1."""
+    text = re.sub(r"\s+", " ", text).strip().casefold()
+    counts = np.zeros(FEATURES, np.float32)
+    for start in range(max(1, len(text) - GRAM + 1)):
+        counts[zlib.crc32(text[start : start + GRAM].encode()) % FEATURES] += 1
+    return counts / np.linalg.norm(counts)
