@@ -18,7 +18,18 @@ from typing import Any
 
 import twelve
 from twelve.errors import InputError
-from twelve.options import device, natural, not_negative, port, positive, positive_float, share, size
+from twelve.options import (
+    assignment,
+    device,
+    natural,
+    not_negative,
+    numbers,
+    port,
+    positive,
+    positive_float,
+    share,
+    size,
+)
 
 STARTED = time.monotonic()  # --minutes counts the seconds that torch takes to import, too
 Result = dict[str, Any]
@@ -32,6 +43,7 @@ Text and checkable tasks into a model folder, and a model folder into a conversa
   pretrain    text into a model folder
   sft         a model folder and conversations into a model folder
   rl          a model folder and checkable tasks into a model that solves them better
+  distill     a model folder, or an endpoint, and tasks into a smaller model folder
   eval        bits per byte of text, and accuracy on checkable tasks
   chat        talk to a model here
   generate    answer one prompt, or one a line of a file
@@ -74,6 +86,13 @@ def rl(options: Options) -> Result:
     from twelve.posttrain.rl import rl
 
     return rl(options.model, options.out, options.task, **_given(options, REINFORCEMENT), started=STARTED)
+
+
+def distill(options: Options) -> Result:
+    from twelve.posttrain.distill import distill
+
+    given = _given(options, DISTILLATION | TRAINING)
+    return distill(options.teachers, options.out, **given, teacher_for=dict(options.teacher_for), started=STARTED)
 
 
 def evaluate(options: Options) -> Result:
@@ -153,8 +172,12 @@ def _engine(options: Options):
 TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "device"}
 REINFORCEMENT = {
     "level", "language", "minutes", "steps", "seed", "prompts", "group", "max_tokens", "temperature", "learning_rate",
-    "lora", "memory", "curriculum", "problems", "updates", "loss", "normalise", "kl", "off_policy", "format_reward",
-    "language_reward", "length_penalty", "device",
+    "lora", "memory", "curriculum", "problems", "updates", "method", "loss", "normalise", "kl", "off_policy",
+    "format_reward", "language_reward", "length_penalty", "device",
+}  # fmt: skip
+DISTILLATION = {
+    "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "samples", "max_tokens",
+    "lora",
 }  # fmt: skip
 SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
@@ -229,10 +252,34 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--language-reward", type=not_negative, help="of reasoning in the question's language")
     made.add_argument("--length-penalty", type=not_negative, help="of right answers that use all tokens")
     made.add_argument("--updates", type=positive, help="optimiser steps a step's answers serve for (default: 1)")
-    made.add_argument("--loss", choices=("token", "sequence", "constant"), metavar="HOW", help="token, sequence, constant")
-    made.add_argument("--normalise", choices=("std", "mean"), metavar="HOW", help="of rewards: std (R1), mean (Dr. GRPO)")
+    made.add_argument("--method", choices=("grpo", "rejection"), metavar="HOW", help="grpo, or right answers only")
+    made.add_argument("--loss", choices=("token", "sequence", "constant"), metavar="HOW",
+                      help="token, sequence, constant: what a token counts")  # fmt: skip
+    made.add_argument("--normalise", choices=("std", "mean"), metavar="HOW",
+                      help="of rewards: std (R1), mean (Dr. GRPO)")  # fmt: skip
     made.add_argument("--kl", type=not_negative, help="factor of the divergence from MODEL (default: 0)")
     made.add_argument("--off-policy", type=positive_float, help="drift that masks worse answers (default: no mask)")
+    _computing(made)
+
+    made = verb(distill, "distill", "TEACHER...", "Pass on what a model can do to smaller ones. Resumes, too.")
+    made.add_argument("teachers", nargs="+", metavar="TEACHER", help="a model, or an endpoint: http://HOST/v1[#MODEL]")
+    made.add_argument("--out", default="runs/distill", metavar="FOLDER", help="of the stages (default: runs/distill)")
+    made.add_argument("--how", choices=("traces", "logits", "on-policy"), metavar="WAY",
+                      help="traces (default), logits, on-policy")  # fmt: skip
+    made.add_argument("--student", metavar="MODEL", help="that learns; or else:")
+    made.add_argument("--layers", type=numbers, metavar="N,N,...", help="of students cut from their teachers, a chain")
+    made.add_argument("--width", type=positive, help="makes these students fresh ones of this width")
+    made.add_argument("--task", nargs="+", metavar="NAME", help="whose problems are asked (default: arithmetic)")
+    made.add_argument("--level", nargs="+", type=positive, help="of them")
+    made.add_argument("--language", nargs="+", choices=("en", "ko"), metavar="XX", help="en, ko (default: both)")
+    made.add_argument("--teacher-for", action="append", type=assignment, metavar="TASK=MODEL", default=[],
+                      help="of one of them")  # fmt: skip
+    made.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
+    made.add_argument("--traces", type=positive, help="right answers to learn from (default: 1000)")
+    made.add_argument("--samples", type=positive, help="answers of the teacher to a problem (default: 4)")
+    made.add_argument("--max-tokens", type=positive, help="of an answer (default: 256)")
+    made.add_argument("--lora", type=positive, metavar="RANK", help="train adapters only")
+    _training(made)
     _computing(made)
 
     made = verb(evaluate, "eval", "MODEL", "Measure a model. Name text, tasks or both.")

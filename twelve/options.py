@@ -42,6 +42,19 @@ def size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, like 6,4,2."""
+    return [positive(part) for part in text.split(",")]
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
 def device(text: str) -> str:
     from twelve.train.precision import pick_device
 

@@ -25,7 +25,7 @@ def chain_key(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PagePool:
-    """`count` pages. `memory` reads and writes them, and is needed with `tiers` only."""
+    """`count` pages; `memory` reads and writes them."""
 
     def __init__(self, count: int, identity: bytes, tiers=None, memory: Runner | None = None) -> None:
         self.count, self.identity, self.tiers, self._memory = count, identity, tiers, memory
@@ -70,6 +70,10 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._idle[page] = None
+
+    def copy(self, source: int, target: int) -> None:
+        """What one page holds, into another that is held."""
+        self._memory.write_page(target, self._memory.page(source))
 
     def seal(self, page: int, key: bytes) -> None:
         """Make a full page findable. Of two pages with the same text the first stays the one that is found."""

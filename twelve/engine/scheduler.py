@@ -36,6 +36,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # in order of arrival
         self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
+        self._leaders: dict[bytes, Sequence] = {}  # by prompt, the running sequence whose pages hold all of it
         self._arrivals = 0
         # What a step must know of a sequence does not change while it runs, but for its pages: one row ("slot") each.
         self._slots = list(range(max_sequences - 1, -1, -1))
@@ -62,7 +63,7 @@ class Scheduler:
         """Let in those at the front of the line for whose whole text there are pages; returns them.
 
         One that begins like another that is being read waits for its pages rather than reading the same itself, and
-        lets those behind it pass.
+        lets those behind it pass. One with the very same prompt waits for its last, unfilled page, too.
         """
         if not self.waiting:
             return []
@@ -70,7 +71,9 @@ class Scheduler:
         promised = {key for sequence in self.running for key in self._promises(sequence)}
         while self.waiting and self._slots:
             sequence = self.waiting.popleft()
-            if promised and self._next_key(sequence) in promised:
+            leader = self._leaders.get(sequence.twin_key)
+            read_soon = leader is not None and leader.computed < leader.prompt - 1
+            if read_soon or (promised and self._next_key(sequence) in promised):
                 held.append(sequence)
             elif self._enter(sequence):
                 admitted.append(sequence)
@@ -106,6 +109,7 @@ class Scheduler:
         sequence.pages = found + [pool.take() for _ in range(needed - len(found))]
         sequence.computed = PAGE * len(found)
         sequence.sealed = len(found)
+        self._follow(sequence)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt)
         slot = sequence.slot = self._slots.pop()
@@ -116,7 +120,19 @@ class Scheduler:
         insort(self.running, sequence, key=lambda other: other.arrival)
         return True
 
+    def _follow(self, sequence: Sequence) -> None:
+        """Take the rest of the prompt from a running sequence with the same one, or be such a sequence for others."""
+        if len(sequence.tokens) > sequence.prompt:
+            return
+        leader = self._leaders.setdefault(sequence.twin_key, sequence)
+        last = (sequence.prompt - 1) // PAGE
+        if leader is not sequence and leader.computed >= sequence.prompt - 1 > sequence.computed == PAGE * last:
+            self.pool.copy(leader.pages[last], sequence.pages[last])
+            sequence.computed = sequence.prompt - 1  # the last token's row gives what to draw from
+
     def _leave(self, sequence: Sequence) -> None:
+        if self._leaders.get(sequence.twin_key) is sequence:
+            del self._leaders[sequence.twin_key]
         self.pool.release(sequence.pages)
         self._table[sequence.slot, : len(sequence.pages)] = -1
         self._slots.append(sequence.slot)

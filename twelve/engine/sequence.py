@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable
 from enum import Enum
 
+import numpy as np
+
 from twelve.engine.detokenize import TextStream
 from twelve.engine.pages import chain_key
 from twelve.engine.request import Completion, Delta, Request
@@ -49,6 +51,7 @@ class Sequence:
         "stop_ids",
         "streamed",
         "tokens",
+        "twin_key",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +61,7 @@ class Sequence:
         self.request, self.limit, self.stop_ids, self.streamed, self._piece = request, limit, stop_ids, streamed, piece
         self.tokens = list(request.prompt_ids)
         self.prompt = len(self.tokens)
+        self.twin_key = np.asarray(self.tokens, "<i4").tobytes()  # the same for all that begin with this prompt
         self.key = seed_key(request.seed)  # [4] uint32
         self.status, self.arrival, self.slot = Status.WAITING, 0, -1
         self.computed, self.pages = 0, []

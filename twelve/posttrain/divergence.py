@@ -108,7 +108,7 @@ def plain_soft_cross_entropy(
     logits = hidden @ weight.T
     theirs, mine = logprobs.to(logits.dtype).softmax(-1), (logits / temperature).softmax(-1)
     named = mine.gather(1, ids)
-    buckets = torch.cat((named, 1 - named.sum(-1, keepdim=True)), -1)
+    buckets = torch.cat((named, (1 - named.sum(-1, keepdim=True)).clamp(min=1e-30)), -1)  # nothing is left if k = V
     soft = (torch.xlogy(theirs, theirs) - torch.xlogy(theirs, buckets)).sum(-1).mean()
     return hard * F.cross_entropy(logits, targets) + (1 - hard) * temperature**2 * soft
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twelve.errors import InputError
 
+METHODS = ("grpo", "rejection")
 LOSSES = ("token", "sequence", "constant")
 NORMALISATIONS = ("std", "mean")
 KL_FORMS = ("unbiased", "k3")
@@ -23,6 +24,9 @@ KL_FORMS = ("unbiased", "k3")
 class Objective:
     """What is maximised. InputError for an unknown name."""
 
+    # rejection: no comparison; only right answers are learnt from, as they are drawn (RAFT, arXiv 2304.06767): SFT on
+    # what passes the checker, and the control of every claim about RL here
+    method: str = "grpo"
     # token: the mean over all tokens of the step (DAPO, arXiv 2503.14476): long answers count for their length.
     # sequence: the mean within an answer, then over answers (DeepSeekMath): long wrong answers are punished less.
     # constant: the sum of an answer over the most tokens it may have (Dr. GRPO, arXiv 2503.20783): neither bias.
@@ -36,7 +40,8 @@ class Objective:
     off_policy: float | None = None  # V3.2's delta, nats a token: bad answers that the policy has left do not count
 
     def __post_init__(self) -> None:
-        for name, known in (("loss", LOSSES), ("normalise", NORMALISATIONS), ("kl_form", KL_FORMS)):
+        names = {"method": METHODS, "loss": LOSSES, "normalise": NORMALISATIONS, "kl_form": KL_FORMS}
+        for name, known in names.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
 

@@ -56,7 +56,7 @@ class TeacherLogits:
                 with open(path, "ab") as file:
                     file.write(rows.cpu().numpy().astype(kind).tobytes())
             except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror}; run the same command again to go on") from error
+                raise InputError(f"cannot write {path}: {error.strerror}; run again to go on") from error
 
     def cut(self, windows: int) -> None:
         """Keep only the first windows."""

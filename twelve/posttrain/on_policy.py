@@ -1,9 +1,10 @@
-"""On-policy distillation (DeepSeek-V4, arXiv 2606.19348): the student answers, and at each of its tokens it moves towards
-what its teachers expect there, over the whole vocabulary. It learns where it goes itself, not where a teacher would."""
+"""On-policy distillation (DeepSeek-V4, arXiv 2606.19348): the student answers, and at each of its tokens it moves
+towards what its teachers expect there, over the whole vocabulary. It learns on its own paths, not on a teacher's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twelve import __version__, convert, tasks
+from twelve import __version__, convert
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Engine
 from twelve.errors import InputError
+from twelve.lora import attach
 from twelve.model import Transformer
+from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.divergence import reverse_kl
 from twelve.posttrain.rollout import Group, Rows, rows_of, sample
 from twelve.posttrain.teacher import require_one_vocabulary
@@ -25,6 +28,7 @@ from twelve.train.plan import Plan
 from twelve.train.precision import autocast, pick_device, pick_precision
 from twelve.train.run import Prepared, run
 from twelve.train.schedule import learning_rate as rate_of
+from twelve.train.sft import LEARNING_RATE, LORA_LEARNING_RATE
 
 ROW_TOKENS = 4096  # of a forward pass, with its padding
 Weighed = list[tuple[Transformer, float]]  # teachers, and w_i of each
@@ -51,7 +55,7 @@ class OnPolicy(Trainer):
         groups = self.answer(step)
         tokens = sum(len(answer.token_ids) for group in groups for answer in group.answers)
         loss = 0.0
-        for task in {group.problem.task: None for group in groups}:  # a teacher reads all that is its own, then the next
+        for task in {group.problem.task: None for group in groups}:  # all that one teacher reads, then the next
             teachers = self.teachers.get(task) or self.teachers[None]
             for rows in rows_of([g for g in groups if g.problem.task == task], self.model.config, ROW_TOKENS):
                 part = self.divergence(rows.to(self.model.device), teachers) * (len(rows.targets) / tokens)
@@ -72,7 +76,7 @@ class OnPolicy(Trainer):
         group = options["group"]
         count = self.plan.batch_size // group
         if step != self.next:
-            stream = problem_stream(options["tasks"], options["seed"], options["levels"], options["languages"])
+            stream = problem_stream([Cell(*cell) for cell in options["cells"]], options["seed"])
             self.stream = islice(stream, step * count, None)
         problems, self.next = list(islice(self.stream, count)), step + 1
         self.model.eval()
@@ -98,38 +102,41 @@ class OnPolicy(Trainer):
 
 def _states(model: Transformer, rows: Rows) -> Tensor:
     """Last states [N, D] where the answers' tokens are predicted. The head makes the logits of a chunk of them."""
-    states, _ = model.hidden(rows.ids, rows.positions_of(model))
+    at = replace(model.positions(rows.ids, 0, rows.positions), mask=rows.mask)
+    states, _ = model.hidden(rows.ids, at)
     return states.flatten(0, 1)[rows.states]
 
 
 def on_policy(
-    student: str | Path, teachers: dict[str | None, Sequence[str]], out: str | Path, *, names: Sequence[str],
-    levels: Sequence[int] = (1,), languages: Sequence[str] = tasks.LANGUAGES, weights: Sequence[float] | None = None,
-    minutes: float | None = None, steps: int | None = None, seed: int = 0, batch: int = 32, group: int = 4,
-    max_tokens: int = 256, learning_rate: float = 3e-4, muon: bool = False, device: str | None = None,
-    started: float | None = None, quiet: bool = False,
+    student: str | Path, teachers: dict[str | None, Sequence[str]], out: str | Path, cells: Sequence[Cell], *,
+    weights: Sequence[float] | None = None, minutes: float | None = None, steps: int | None = None, seed: int = 0,
+    batch: int = 32, group: int = 4, max_tokens: int = 256, learning_rate: float | None = None, lora: int | None = None,
+    muon: bool = False, device: str | None = None, started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Distil into the model `student` what `teachers` (models, by task; None: for all others) expect of its answers.
 
     `weights` are those of the teachers under None, equal by default; those of one task always weigh the same. A step
     takes `batch` answers, `group` to a problem. One of `minutes` and `steps` sets the length, 10 minutes if none does;
-    the same call again resumes. InputError for bad input, tokenizers that differ first of all.
+    the same call again resumes. With `lora`, a rank, only adapters of that rank are trained. InputError for bad input,
+    tokenizers that differ first of all.
     """
+    learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
     if minutes is None and steps is None:
         minutes = 10.0
     if batch % group:
         raise InputError(f"{batch} answers a step are not a multiple of {group} to a problem")
     options = {
         "student": str(student), "teachers": {str(task): [*map(str, named)] for task, named in teachers.items()},
-        "weights": list(weights) if weights else None, "tasks": list(names), "levels": list(levels),
-        "languages": list(languages), "minutes": minutes, "steps": steps, "seed": seed, "batch": batch, "group": group,
-        "max_tokens": max_tokens, "learning_rate": learning_rate, "muon": muon, "device": device,
+        "weights": list(weights) if weights else None, "cells": [[c.task, c.level, c.language] for c in cells],
+        "minutes": minutes, "steps": steps, "seed": seed, "batch": batch, "group": group, "max_tokens": max_tokens,
+        "learning_rate": learning_rate, "lora": lora, "muon": muon, "device": device,
     }  # fmt: skip
     source = convert.resolve(student)
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
-        convert.require_floats(source)
+        if not lora:
+            convert.require_floats(source)
         tokenizer = convert.load_tokenizer(source)
         loaded: dict[str, Transformer] = {}
         for name in {name: None for named in teachers.values() for name in named}:
@@ -150,6 +157,8 @@ def on_policy(
 
         def make_trainer() -> OnPolicy:
             model, _ = convert.load(source, device=target, dtype=torch.float32)
+            if lora:
+                attach(model, lora, seed=seed)
             return OnPolicy(model, plan, folder, tokenizer, weighed)
 
         return Prepared(plan, make_trainer, tokenizer, lambda figures: _card(plan, figures), True)
@@ -167,19 +176,20 @@ def _weights(named: Sequence[str], weights: Sequence[float] | None) -> list[floa
 
 def _card(plan: Plan, figures: dict[str, Any]) -> str:
     asked = plan.options
+    names, levels, languages = ({str(value): None for value in column} for column in zip(*asked["cells"], strict=True))
     teachers = "\n".join(
         f"- {'every other task' if task == 'None' else task}: {', '.join(f'`{name}`' for name in named)}"
         for task, named in asked["teachers"].items()
     )
     return f"""# {Path(figures['model']).name}
 
-Distilled on its own answers from `{asked['student']}` by twelve {__version__}: reverse KL to its teachers over the whole
-vocabulary.
+Distilled from `{asked['student']}` on its own answers by twelve {__version__}: reverse KL to its teachers over the
+whole vocabulary.
 
 | | |
 |---|---|
 | parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
-| tasks | {', '.join(asked['tasks'])}; levels {', '.join(map(str, asked['levels']))}; {', '.join(asked['languages'])} |
+| tasks | {', '.join(names)}; levels {', '.join(levels)}; {', '.join(languages)} |
 | tokens of its answers | {figures['tokens']:,} |
 | divergence at the end | {figures['loss']} nats a token |
 | time | {figures['training_seconds']} s |

@@ -41,7 +41,7 @@ HISTORY = 2 * health.WINDOW
 
 
 class Reinforcement(Trainer):
-    """GRPO on a model and its tasks."""
+    """GRPO on a model and its tasks, or rejection sampling, its control."""
 
     timed = True
 
@@ -116,8 +116,13 @@ class Reinforcement(Trainer):
     def learn(self, groups: list[Group]) -> dict[str, float]:
         """Step on the groups that have something to compare; the figures of it."""
         self.model.train()
-        gains = advantages(torch.tensor([group.rewards for group in groups]), self.objective.normalise)
+        if self.objective.method == "rejection":
+            gains = torch.tensor([[float(score == 1) for score in group.scores] for group in groups])
+        else:
+            gains = advantages(torch.tensor([group.rewards for group in groups]), self.objective.normalise)
         counted = torch.tensor([[not self._overlong(answer) for answer in group.answers] for group in groups])
+        if self.objective.method == "rejection":
+            counted &= gains > 0
         kept = [index for index in range(len(groups)) if (gains[index] != 0).any() and counted[index].any()]
         figures = {"kept": len(kept) / len(groups), "loss": 0.0, "learning_rate": 0.0}
         updates = min(self.plan.options["updates"], len(kept))

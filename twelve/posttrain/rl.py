@@ -32,9 +32,10 @@ def rl(
     language: Sequence[str] | None = None, minutes: float | None = None, steps: int | None = None, seed: int = 0,
     prompts: int = 16, group: int = 8, max_tokens: int | None = None, temperature: float = 1.0,
     learning_rate: float | None = None, lora: int | None = None, memory: int | None = None,
-    curriculum: str = HOW[0], problems: int = 200, updates: int = 1, loss: str = "token", normalise: str = "std",
-    kl: float = 0.0, off_policy: float | None = None, format_reward: float = 0.0, language_reward: float = 0.0,
-    length_penalty: float = 0.0, device: str | None = None, started: float | None = None, quiet: bool = False,
+    curriculum: str = HOW[0], problems: int = 200, updates: int = 1, method: str = "grpo", loss: str = "token",
+    normalise: str = "std", kl: float = 0.0, off_policy: float | None = None, format_reward: float = 0.0,
+    language_reward: float = 0.0, length_penalty: float = 0.0, device: str | None = None,
+    started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Improve a model (a folder, a .gguf file, a package's name) on checkable tasks by GRPO; the same call resumes.
 
@@ -55,7 +56,7 @@ def rl(
         max_tokens = max(getattr(tasks.get(name), "MAX_TOKENS", MAX_TOKENS) for name in task)
     if group < 2:
         raise InputError("a group of one answer has nothing to compare: ask for --group 2 or more")
-    objective = Objective(loss=loss, normalise=normalise, kl=kl, off_policy=off_policy)
+    objective = Objective(method=method, loss=loss, normalise=normalise, kl=kl, off_policy=off_policy)
     rewards = Rewards(format=format_reward, language=language_reward, length=length_penalty)
     config = convert.load_config(source)
     if lora is None:
@@ -66,8 +67,8 @@ def rl(
         "language": language and list(language), "minutes": minutes, "steps": steps, "seed": seed, "prompts": prompts,
         "group": group, "max_tokens": max_tokens, "temperature": temperature, "learning_rate": learning_rate,
         "lora": lora, "memory": memory, "curriculum": curriculum, "problems": problems, "updates": updates,
-        "loss": loss, "normalise": normalise, "kl": kl, "off_policy": off_policy, "format_reward": format_reward,
-        "language_reward": language_reward, "length_penalty": length_penalty, "device": device,
+        "method": method, "loss": loss, "normalise": normalise, "kl": kl, "off_policy": off_policy,
+        "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty, "device": device,
     }  # fmt: skip
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:

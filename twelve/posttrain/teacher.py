@@ -89,7 +89,7 @@ class Endpoint:
             try:
                 self.model = listed["data"][0]["id"]
             except (KeyError, IndexError, TypeError):
-                raise EndpointError(f"{self.url} lists no model: name one with --teacher-name") from None
+                raise EndpointError(f"{self.url} lists no model: name one, as in {self.url}#NAME") from None
         self.name = f"{self.model} at {self.url}"
 
     def answers(
@@ -175,19 +175,18 @@ def is_endpoint(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
-def open_teacher(
-    name: str, model: str | None = None, key_variable: str | None = None, device: str | None = None
-) -> Teacher:
-    """The teacher meant by an address, or by what `convert.resolve` takes.
+def open_teacher(name: str, key_variable: str | None = None, device: str | None = None) -> Teacher:
+    """The teacher meant by the address of an endpoint, URL or URL#MODEL, or by what `convert.resolve` takes.
 
-    `model` is its name at the endpoint, `key_variable` the environment variable that holds the key. InputError for a
-    model that cannot be read or has no tokenizer, a variable that is not set, an endpoint that does not answer.
+    `key_variable` is the environment variable that holds the endpoint's key. InputError for a model that cannot be read
+    or has no tokenizer, a variable that is not set, an endpoint that does not answer.
     """
     if is_endpoint(name):
         key = os.environ.get(key_variable) if key_variable else None
         if key_variable and not key:
             raise InputError(f"the environment variable {key_variable} is not set: put the endpoint's key there")
-        return Endpoint(name, model, key)
+        url, _, model = name.partition("#")
+        return Endpoint(url, model or None, key)
     network, tokenizer = convert.load(name, device=device, packed=True)
     if tokenizer is None:
         raise InputError(f"{name} has no tokenizer, so it cannot teach")

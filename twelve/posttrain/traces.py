@@ -22,6 +22,7 @@ from tqdm import tqdm
 from twelve import tasks
 from twelve.errors import InputError
 from twelve.files import atomic_write
+from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.teacher import EndpointError, Teacher
 from twelve.tasks import Problem
 
@@ -33,20 +34,21 @@ GRAM = 4  # characters
 Trace = dict[str, Any]  # messages, task, level, language, pass_rate, problem
 
 
-def problem_stream(
-    names: Sequence[str], seed: int = 0, levels: Sequence[int] = (1,), languages: Sequence[str] = tasks.LANGUAGES
-) -> Iterator[Problem]:
-    """Training problems without end: tasks, levels and languages in turn."""
-    streams = [tasks.problems(name, "train", seed, levels, languages) for name in names]
+def problem_stream(cells: Sequence[Cell], seed: int = 0) -> Iterator[Problem]:
+    """Training problems without end, of each task, level and language in turn."""
+    streams = [
+        tasks.problems(cell.task, "train", seed * len(cells) + index, [cell.level], [cell.language])
+        for index, cell in enumerate(cells)
+    ]
     while True:
         for stream in streams:
             yield next(stream)
 
 
 def collect(
-    path: str | Path, teachers: dict[str | None, Sequence[Teacher]], names: Sequence[str], *, problems: int = 1000,
-    samples: int = 4, levels: Sequence[int] = (1,), languages: Sequence[str] = tasks.LANGUAGES, max_tokens: int = 512,
-    temperature: float = 1.0, seed: int = 0, seconds: float | None = None, quiet: bool = False,
+    path: str | Path, teachers: dict[str | None, Sequence[Teacher]], cells: Sequence[Cell], *, problems: int = 1000,
+    samples: int = 4, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0, seconds: float | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask `samples` answers to each of `problems` problems, and append what passes the verifier to the JSONL `path`.
 
@@ -63,7 +65,7 @@ def collect(
     solved, known = {trace["problem"] for trace in traces}, {_text(trace) for trace in traces}
     window = max(solved, default=0) // WINDOW
     first = window * WINDOW
-    stream = islice(problem_stream(names, seed, levels, languages), first, problems)
+    stream = islice(problem_stream(cells, seed), first, problems)
     asked, accepted = first, len(traces)
     bar = tqdm(total=problems, initial=first, desc="traces", unit="problem", disable=quiet)
     with open(path, "a", encoding="utf-8") as file, bar:
@@ -87,9 +89,10 @@ def collect(
             if not accepted and asked >= HOPELESS * WINDOW:
                 break
     if not accepted:
+        names = ", ".join({cell.task: None for cell in cells})
         raise InputError(
-            f"nothing passed the verifier: 0 of {asked * samples:,} answers to {asked:,} problems of "
-            f"{', '.join(names)}, a pass rate of 0%: choose easier levels, more --max-tokens or a better teacher"
+            f"nothing passed the verifier: 0 of {asked * samples:,} answers to {asked:,} problems of {names}, a pass "
+            "rate of 0%: choose easier levels, more --max-tokens or a better teacher"
         )
     rates = {trace["problem"]: trace["pass_rate"] for trace in read_traces(path)}
     return {

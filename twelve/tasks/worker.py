@@ -32,10 +32,11 @@ LATE, DIED = "did not return in time", "ended its process"
 
 @dataclass(frozen=True)
 class Reply:
-    """What a call returned, or why it did not (one line, with the place)."""
+    """What a call returned, or why it did not (one line, with the place); fatal: calling again makes no sense."""
 
     value: Any = None
     error: str = ""
+    fatal: bool = False
 
 
 class Worker:
@@ -50,8 +51,9 @@ class Worker:
         self._stop: weakref.finalize | None = None
         self._requests = self._replies = -1
 
-    def call(self, name: str, calls: Sequence[Sequence[Any]], seconds: float) -> list[Reply]:
-        """A reply for each call's arguments, in order. A call that takes longer than `seconds` is ended with its process.
+    def call(self, name: str, calls: Sequence[Sequence[Any]], seconds: float, patience: int = 0) -> list[Reply]:
+        """A reply for each call's arguments, in order. A call that takes longer than `seconds` is ended with its process;
+        after `patience` of these in a row, the rest is left out.
 
         InputError when the module does not start.
         """
@@ -59,6 +61,8 @@ class Worker:
             replies: list[Reply] = []
             while len(replies) < len(calls):
                 replies += self._run(name, calls[len(replies) :], seconds)
+                if patience and [reply.error for reply in replies[-patience:]] == [LATE] * patience:
+                    break
             return replies
 
     def close(self) -> None:
@@ -167,7 +171,7 @@ def serve(module: str, argument: str, memory: str, requests: str, replies: str, 
                 try:
                     reply = json.dumps([functions[name](*arguments)])
                 except BaseException as error:  # SystemExit and the like, too
-                    reply = json.dumps([None, describe(error, argument)])
+                    reply = json.dumps([None, describe(error, argument), isinstance(error, InputError)])
                 answers.write(reply.encode() + b"\n")
                 answers.flush()
     os._exit(0)  # whatever threads the code has left

@@ -1,0 +1,41 @@
+"""Tiny models that reckon a little, and folders of them."""
+
+from dataclasses import replace
+
+import torch
+
+from twelve import convert
+from twelve.config import ModelConfig
+from twelve.model import Transformer
+
+
+def v3(tokenizer, layers=2, **changes) -> ModelConfig:
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1,
+        first_k_dense_replace=1, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def llama(tokenizer, layers=2, **changes) -> ModelConfig:
+    config = ModelConfig(
+        model_type="llama", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def model(config: ModelConfig, seed: int = 0) -> Transformer:
+    return Transformer(config).init_weights(seed).eval()
+
+
+def folder(path, tokenizer, config: ModelConfig, seed: int = 0) -> str:
+    convert.save(model(config, seed), tokenizer, path)
+    return str(path)
+
+
+def gradients(loss, *tensors) -> list[torch.Tensor]:
+    return [gradient.double() for gradient in torch.autograd.grad(loss, tensors)]

@@ -1,0 +1,86 @@
+"""The student: cut from its teacher by layers, or fresh with its teacher's tokenizer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from twelve import __version__, convert
+from twelve.config import ModelConfig, small_v3
+from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
+from twelve.model import Transformer
+from twelve.quantize import dequantize
+
+LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+def kept_layers(depth: int, layers: int) -> list[int]:
+    """The first and the last of `depth` layers, and the rest spread evenly between them; one alone is the first."""
+    if not 1 <= layers <= depth:
+        raise InputError(f"--layers {layers}: the teacher has {depth} layers to cut from; ask for 1 to {depth}")
+    return [round(index * (depth - 1) / max(1, layers - 1)) for index in range(layers)]
+
+
+def cut(teacher: Transformer, layers: int) -> tuple[Transformer, list[int]]:
+    """A model of float weights made of `layers` of the teacher's, and which these are. Embedding, final norm, head and
+    MTP modules are the teacher's own. InputError where the teacher has fewer layers."""
+    config = teacher.config
+    kept = kept_layers(config.num_hidden_layers, layers)
+    dense = config.first_k_dense_replace
+    first_dense = sum(index < dense for index in kept) + max(0, dense - config.num_hidden_layers)  # MTP counts on
+    dequantize(teacher)
+    state = {}
+    for name, tensor in teacher.state_dict().items():
+        found = LAYER.match(name)
+        if found is None:
+            state[name] = tensor
+        elif int(found[1]) in kept:
+            state[f"layers.{kept.index(int(found[1]))}.{name[found.end():]}"] = tensor
+    with torch.device("meta"):
+        student = Transformer(replace(config, num_hidden_layers=layers, first_k_dense_replace=first_dense))
+    student.load_state_dict(state, assign=True)
+    return student.eval(), kept
+
+
+def fresh(
+    tokenizer: Tokenizer, context: int, *, width: int = 256, layers: int = 4, experts: int = 8,
+    experts_per_token: int = 2, seed: int = 0,
+) -> Transformer:  # fmt: skip
+    """A V3-shape model with random weights for this tokenizer."""
+    config: ModelConfig = small_v3(tokenizer.vocab_size, width, layers, experts, experts_per_token, context)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+        tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id,
+    )  # fmt: skip
+    return Transformer(config).init_weights(seed)
+
+
+def make_student(
+    teacher: str | Path, folder: str | Path, layers: int, width: int | None = None, experts: int | None = None,
+    seed: int = 0,
+) -> str:  # fmt: skip
+    """Write a student into `folder`, unless it is there: with a width or a number of experts a fresh one, else one that
+    is cut. Returns what it is, in words."""
+    config = convert.load_config(teacher)
+    is_fresh = width is not None or experts is not None
+    if is_fresh:
+        size = {"width": width, "experts": experts}
+        size = {name: value for name, value in size.items() if value is not None}
+        words = f"fresh: {layers} layers, {', '.join(f'{name} {value}' for name, value in size.items())}"
+    else:
+        kept = kept_layers(config.num_hidden_layers, layers)
+        words = f"layers {', '.join(map(str, kept))} of the {config.num_hidden_layers} of {teacher}"
+    if (Path(folder) / "config.json").exists():  # it is written last
+        return words
+    if is_fresh:
+        tokenizer = convert.load_tokenizer(teacher)
+        student = fresh(tokenizer, config.max_position_embeddings, layers=layers, seed=seed, **size)
+    else:
+        network, tokenizer = convert.load(teacher, device="cpu", dtype=torch.float32)
+        student, _ = cut(network, layers)
+    card = f"# {Path(folder).name}\n\nA student before its training, made by twelve {__version__}: {words}.\n"
+    convert.save(student, tokenizer, folder, card)
+    return words
