@@ -96,6 +96,13 @@ def distill(options: Options) -> Result:
 
 
 def evaluate(options: Options) -> Result:
+    _allow_code(options)
+    if options.audit:
+        from twelve.evaluate.audit import audit
+
+        return audit(options.audit, **_given(options, {"wrong_answers", "seed"}))
+    if options.model is None:
+        raise InputError("name a MODEL to measure; only --audit TASK does without one")
     from twelve.evaluate.evaluate import evaluate
 
     return evaluate(
@@ -151,6 +158,13 @@ def quantize(options: Options) -> Result:
         options.model, options.out, texts=options.text, evaluate=options.eval,
         **_given(options, {"bits", "group", "limit", "embedding_bits"}),
     )  # fmt: skip
+
+
+def _allow_code(options: Options) -> None:
+    if options.unsafe_code:
+        from twelve.tasks import sandbox
+
+        sandbox.UNSAFE = True
 
 
 def _engine(options: Options):
@@ -282,10 +296,13 @@ def build_parser() -> argparse.ArgumentParser:
     _training(made)
     _computing(made)
 
-    made = verb(evaluate, "eval", "MODEL", "Measure a model. Name text, tasks or both.")
-    made.add_argument("model", metavar="MODEL")
+    made = verb(evaluate, "eval", "[MODEL]", "Measure a model on text, tasks or both; or, without one, audit a task.")
+    made.add_argument("model", nargs="?", metavar="MODEL")
     made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="bits per byte of each")
-    made.add_argument("--task", nargs="+", metavar="NAME", default=[], help="arithmetic, word_problems, or all")
+    made.add_argument("--task", nargs="+", metavar="TASK", default=[], help="a name, mine.py, .jsonl, gym:NAME, or all")
+    made.add_argument("--audit", nargs="+", metavar="TASK", default=[], help="how often its scorer is wrong (no MODEL)")
+    made.add_argument("--wrong-answers", type=positive, metavar="N", help="of an audit (default: 10000; code: 200)")
+    _code(made)
     made.add_argument("--language", nargs="+", choices=("en", "ko"), default=["en", "ko"],
                       metavar="CODE", help="en, ko (default: both)")
     made.add_argument("--level", nargs="+", type=positive, default=[1], help="of tasks (default: 1)")
@@ -351,6 +368,10 @@ def _tokenizer(made: argparse.ArgumentParser) -> None:
     which = made.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="FOLDER", help="one that exists")
     which.add_argument("--vocab-size", type=positive, help="of one trained on PATH (default: by its size)")
+
+
+def _code(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--unsafe-code", action="store_true", help="run a model's code even where it cannot be isolated")
 
 
 def _sampling(made: argparse.ArgumentParser) -> None:

@@ -122,11 +122,12 @@ def room(tmp_path_factory, tokenizer):
 
 def test_the_student_comes_closer_and_is_a_folder(room, tokenizer):
     result = on_policy(
-        room / "student", {None: [str(room / "teacher")]}, room / "out", CELLS, steps=60, learning_rate=1e-2, **SMALL
-    )
+        room / "student", {None: [str(room / "teacher")]}, room / "out", CELLS[:1], steps=30, learning_rate=3e-2,
+        batch=8, group=8, max_tokens=6, quiet=True,
+    )  # fmt: skip
     rows = [json.loads(line) for line in (room / "out" / "training" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["loss"] for row in rows[-5:]) < 0.7 * sum(row["loss"] for row in rows[:5])
-    assert convert.load(room / "out")[0].config.model_type == "llama" and result["steps"] == 60
+    assert sum(row["loss"] for row in rows[-5:]) / 5 < 0.8 * rows[0]["loss"]
+    assert convert.load(room / "out")[0].config.model_type == "llama" and result["steps"] == 30
     assert str(room / "teacher") in (room / "out" / "README.md").read_text()
 
 

@@ -30,6 +30,12 @@ class ScriptedModel:
     def allocate(self, pages):
         pass
 
+    def page(self, index):
+        return None
+
+    def write_page(self, index, data):
+        pass
+
     def step(self, step):
         time.sleep(self.delay)
         self.passes += 1

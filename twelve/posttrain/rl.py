@@ -68,7 +68,8 @@ def rl(
         "group": group, "max_tokens": max_tokens, "temperature": temperature, "learning_rate": learning_rate,
         "lora": lora, "memory": memory, "curriculum": curriculum, "problems": problems, "updates": updates,
         "method": method, "loss": loss, "normalise": normalise, "kl": kl, "off_policy": off_policy,
-        "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty, "device": device,
+        "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty,
+        "device": device,
     }  # fmt: skip
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:

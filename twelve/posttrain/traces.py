@@ -35,14 +35,16 @@ Trace = dict[str, Any]  # messages, task, level, language, pass_rate, problem
 
 
 def problem_stream(cells: Sequence[Cell], seed: int = 0) -> Iterator[Problem]:
-    """Training problems without end, of each task, level and language in turn."""
+    """Training problems without end, of each task, level and language in turn. InputError for one that has none."""
     streams = [
         tasks.problems(cell.task, "train", seed * len(cells) + index, [cell.level], [cell.language])
         for index, cell in enumerate(cells)
     ]
     while True:
-        for stream in streams:
-            yield next(stream)
+        for cell, stream in zip(cells, streams, strict=True):
+            if (problem := next(stream, None)) is None:
+                raise InputError(f"{cell.task} has no problems for training, of level {cell.level} in {cell.language}")
+            yield problem
 
 
 def collect(

@@ -56,21 +56,23 @@ def final_answer(text: str) -> str | None:
     """The answer that a text settles on: the last <answer>...</answer>, else \\boxed{...}, else what follows ####.
 
     Reasoning does not count: only what comes after the last </think>, and before a <think> that comes after it. None
-    when there is no answer, or the last one is not finished.
+    when there is no answer, or the last one is not finished. Full-width digits and signs are given as plain ones.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     if "<answer>" in text:
-        return _tagged(text)
-    if "\\boxed" in text:
-        return _boxed(text)
-    _, found, after = text.rpartition("####")
-    return after.partition("\n")[0].strip() if found else None
+        found = _tagged(text)
+    elif "\\boxed" in text:
+        found = _boxed(text)
+    else:
+        _, marked, after = text.rpartition("####")
+        found = after.partition("\n")[0] if marked else None
+    return None if found is None else found.translate(WIDE).strip()
 
 
 def _tagged(text: str) -> str | None:
     start = text.rindex("<answer>") + len("<answer>")
     end = text.find("</answer>", start)
-    return text[start:end].strip() if end >= 0 else None
+    return text[start:end] if end >= 0 else None
 
 
 def _boxed(text: str) -> str | None:
@@ -82,7 +84,7 @@ def _boxed(text: str) -> str | None:
     for brace in re.compile(r"\\?[{}]").finditer(text, begun.end(), begun.end() + 2 * LONGEST):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[begun.end() : brace.start()].strip()
+            return text[begun.end() : brace.start()]
     return None
 
 
@@ -125,8 +127,8 @@ def read_number(text: str, blanks: bool = True) -> tuple[Fraction, str] | None:
         digits = re.sub("[, ]", "", found["value"] or "0")
         value = Fraction(digits + (found["decimals"] or found["bare"] or ""))
         divisor = int((found["divisor"] or "1").replace(",", ""))
-        if divisor == 0:
-            return None
+        if found["divisor"] and (divisor == 0 or (value / divisor).denominator == 1):
+            return None  # 24/2 is a calculation left undone
         value /= divisor
     unit = (found["unit"] or found["before"]).strip().rstrip(".").replace("²", "^2").replace("³", "^3")
     if unit.startswith("%"):
@@ -141,9 +143,8 @@ def as_integer(text: str) -> int | None:
 
 
 def integer_score(answer: int, text: str) -> float:
-    """1 if the final answer is exactly this number, in digits and without anything else, else 0."""
-    given = final_answer(text)
-    return float(given is not None and as_integer(given) == answer)
+    """`answer_score` of a whole number."""
+    return answer_score(answer, text)
 
 
 def _plain(text: str) -> str:

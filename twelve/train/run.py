@@ -108,7 +108,7 @@ def _fix_length(
             done += 1
         seconds_per_step = (time.monotonic() - began) / done
         left = 60 * minutes - (time.monotonic() - started) - _reserve(trainer)
-        steps = max(1, round(left / seconds_per_step))
+        steps = min(max(1, round(left / seconds_per_step)), plan.most_steps or NO_END)
         if left < 10 * seconds_per_step:
             raise InputError(
                 f"{minutes:g} minutes leave {max(0, left):.0f} s for training, at {seconds_per_step:.1f} s a step: "

@@ -36,7 +36,7 @@ def sft(
     model: str | Path, paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None,
     seed: int = 0, context: int = 512, batch: int = 8, learning_rate: float | None = None,
     lora: int | None = None, muon: bool = False, compile: bool = False, device: str | None = None,
-    started: float | None = None, quiet: bool = False, lesson: Lesson | None = None,
+    started: float | None = None, quiet: bool = False, lesson: Lesson | None = None, epochs: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tune the model (a folder, a .gguf file, a package's name) on `messages`; the same call again resumes.
 
@@ -46,7 +46,7 @@ def sft(
 
     With `lora`, a rank, only adapters of that rank are trained (`twelve.lora`), in a fraction of the memory, and merged
     at the end; the model may then be a packed one, and stays packed until then. A `lesson` puts another loss in the
-    place of the cross entropy.
+    place of the cross entropy. With `minutes`, `epochs` ends the run early, after so many passes.
     """
     learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
     if lora and (muon or compile):
@@ -56,7 +56,7 @@ def sft(
         "context": context, "batch": batch, "learning_rate": learning_rate, "lora": lora, "muon": muon,
         "compile": compile, "device": device,
     }  # fmt: skip
-    options |= lesson.options if lesson else {}
+    options |= (lesson.options if lesson else {}) | ({"epochs": epochs} if epochs else {})
     source = convert.resolve(model)
     if source.resolve() == Path(out).resolve():
         raise InputError(f"{out} is the model to start from: name another folder with --out")
@@ -77,7 +77,7 @@ def sft(
                 stage="sft", options=options, config=config.to_dict(), data=describe(data), context=row,
                 batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon, adamw_lr_scale=1.0,
-                compile=compile,
+                compile=compile, most_steps=max(1, round(epochs * epoch_steps)) if epochs else None,
             )  # fmt: skip
         plan.check_data(data, folder)
         trainer = lesson.prepare(words, data, plan, folder) if lesson else Supervised
