@@ -239,6 +239,7 @@ SHORT = {"steps": 10, "batch": 4, "context": 48, "lora": 4, "learning_rate": 0.0
 def test_fine_tuning_adapters_makes_a_plain_model_and_resumes_bit_for_bit(base, kind, tmp_path, monkeypatch, capsys):
     result = sft(base / kind, [base / "chat.jsonl"], tmp_path / "whole", **SHORT)
     assert "of adapters are trained" in capsys.readouterr().out
+    assert "through adapters of rank 4" in (tmp_path / "whole" / "README.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "whole" / "training" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"] and result["steps"] == 10
     before, after = twelve.load(base / kind)[0], twelve.load(tmp_path / "whole")[0]

@@ -85,7 +85,14 @@ def sft(options: Options) -> Result:
 def rl(options: Options) -> Result:
     from twelve.posttrain.rl import rl
 
-    return rl(options.model, options.out, options.task, **_given(options, REINFORCEMENT), started=STARTED)
+    given = _given(options, REINFORCEMENT | RECIPE)
+    if options.recipe:
+        from twelve.posttrain.recipes import follow
+
+        return follow(options.model, options.out, options.task, **given, started=STARTED)
+    if alone := [name for name in sorted(RECIPE) if name in given]:
+        raise InputError(f"--{alone[0].replace('_', '-')} belongs to a recipe: add --recipe r1")
+    return rl(options.model, options.out, options.task, **given, started=STARTED)
 
 
 def distill(options: Options) -> Result:
@@ -96,7 +103,6 @@ def distill(options: Options) -> Result:
 
 
 def evaluate(options: Options) -> Result:
-    _allow_code(options)
     if options.audit:
         from twelve.evaluate.audit import audit
 
@@ -161,7 +167,7 @@ def quantize(options: Options) -> Result:
 
 
 def _allow_code(options: Options) -> None:
-    if options.unsafe_code:
+    if getattr(options, "unsafe_code", False):
         from twelve.tasks import sandbox
 
         sandbox.UNSAFE = True
@@ -189,6 +195,7 @@ REINFORCEMENT = {
     "lora", "memory", "curriculum", "problems", "updates", "method", "loss", "normalise", "kl", "off_policy",
     "format_reward", "language_reward", "length_penalty", "device",
 }  # fmt: skip
+RECIPE = {"recipe", "cold_start", "mix", "judge", "judge_model", "judge_prompts"}
 DISTILLATION = {
     "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "samples", "max_tokens",
     "lora",
@@ -249,10 +256,17 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb(rl, "rl", "MODEL --task TASK...", "Improve a model on checkable tasks. The same command again resumes.")
     made.add_argument("model", metavar="MODEL")
     made.add_argument("--task", nargs="+", required=True, metavar="TASK", help="names, mine.py, problems.jsonl")
+    _code(made)
     made.add_argument("--level", nargs="+", type=positive, help="of the tasks (default: their own, or 1)")
     made.add_argument("--language", nargs="+", choices=("en", "ko"), metavar="CODE", help="en, ko (default: both)")
     made.add_argument("--out", default="runs/rl", metavar="FOLDER", help="the new model (default: runs/rl)")
     _length(made)
+    made.add_argument("--recipe", choices=("r1-zero", "r1"), metavar="NAME", help="r1-zero, r1 (docs/recipes.md)")
+    made.add_argument("--cold-start", metavar="FILE", help="of r1: conversations (default: worked solutions)")
+    made.add_argument("--mix", nargs="+", metavar="FILE", help="of r1: more of them for its third stage")
+    made.add_argument("--judge", metavar="URL", help="of r1: an endpoint that scores general answers (default: none)")
+    made.add_argument("--judge-model", metavar="NAME", help="its model (default: the first it lists)")
+    made.add_argument("--judge-prompts", metavar="FILE", help="general prompts, .jsonl")
     made.add_argument("--memory", type=size, metavar="SIZE", help="that the process stays below, like 8GiB")
     made.add_argument("--lora", type=natural, help="rank of adapters; 0 trains all (default: 16 above 20M parameters)")
     made.add_argument("--prompts", type=positive, help="problems a step (default: 16)")
@@ -284,6 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--layers", type=numbers, metavar="N,N,...", help="of students cut from their teachers, a chain")
     made.add_argument("--width", type=positive, help="makes these students fresh ones of this width")
     made.add_argument("--task", nargs="+", metavar="NAME", help="whose problems are asked (default: arithmetic)")
+    _code(made)
     made.add_argument("--level", nargs="+", type=positive, help="of them")
     made.add_argument("--language", nargs="+", choices=("en", "ko"), metavar="XX", help="en, ko (default: both)")
     made.add_argument("--teacher-for", action="append", type=assignment, metavar="TASK=MODEL", default=[],
@@ -427,6 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         _set_threads(options)
+        _allow_code(options)
         if options.talks:
             options.run(options)
         elif options.json:

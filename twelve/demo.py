@@ -27,6 +27,7 @@ from twelve.train.plan import Plan
 from twelve.train.pretrain import pretrain
 
 LANGUAGES = {"en": "English", "ko": "Korean"}
+TASKS = ("arithmetic", "word_problems")
 LEVELS = (1, 2, 3, 4)
 ASKED = 25  # held-out problems for each task, language and level
 SOLVED = 12_000  # problems in the corpus for a minute of training
@@ -73,8 +74,8 @@ def demo(
 
 def write_problems(path: Path, count: int, seed: int) -> None:
     """`count` conversations that solve problems of the split "train", tasks, levels and languages in turn."""
-    print(f"corpus    {count:,} solved problems of {', '.join(tasks.names())}, in {' and '.join(LANGUAGES.values())}")
-    streams = [tasks.problems(name, "train", seed, LEVELS, tuple(LANGUAGES)) for name in tasks.names()]
+    print(f"corpus    {count:,} solved problems of {', '.join(TASKS)}, in {' and '.join(LANGUAGES.values())}")
+    streams = [tasks.problems(name, "train", seed, LEVELS, tuple(LANGUAGES)) for name in TASKS]
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for turn in islice(zip(*streams, strict=True), count // len(streams)):
             for problem in turn:
@@ -104,7 +105,7 @@ def measure(model: Path, seed: int, device: str | None) -> list[Accuracy]:
         task_accuracy(engine, tokenizer, name, language, level, ASKED, seed, max_tokens=32 + 16 * level)
         for language in LANGUAGES
         for level in LEVELS
-        for name in tasks.names()
+        for name in TASKS
     ]
 
 

@@ -58,8 +58,9 @@ def test_it_is_the_reverse_divergence():
     assert abs(reverse_kl(sharp, eye, [(both, eye, 1.0)]).item() - torch.tensor(2.0).log().item()) < 1e-4
 
 
-def trainer(tmp_path, tokenizer, student, teachers, **options):
-    options = {"cells": [[c.task, c.level, c.language] for c in CELLS], "seed": 3, "group": 2, "max_tokens": 12} | options
+def trainer(tmp_path, tokenizer, student, teachers):
+    cells = [[cell.task, cell.level, cell.language] for cell in CELLS]
+    options = {"cells": cells, "seed": 3, "group": 2, "max_tokens": 12}
     (tmp_path / "run" / "training").mkdir(parents=True, exist_ok=True)
     plan = Plan(
         stage="on-policy", options=options, config=student.config.to_dict(), data={}, context=256, batch_size=4,
@@ -156,8 +157,9 @@ def test_a_resume_ends_with_the_same_weights(room, lora, monkeypatch):
 
 def test_another_tokenizer_is_refused(room, tmp_path):
     other = Tokenizer.train(["zebras graze quietly beyond quartz quarries"] * 9, vocab_size=290)
+    teachers = {None: [folder(tmp_path / "t", other, llama(other))]}
     with pytest.raises(InputError, match="use --how traces"):
-        on_policy(room / "student", {None: [folder(tmp_path / "t", other, llama(other))]}, tmp_path / "o", CELLS, steps=1)
+        on_policy(room / "student", teachers, tmp_path / "o", CELLS, steps=1)
 
 
 def test_weights_and_groups_must_fit(room, tmp_path):

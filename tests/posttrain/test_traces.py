@@ -1,21 +1,26 @@
 """Traces: what the verifier lets through, a collection that goes on after a stop, endpoints that die, the selection."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from random import Random
 
 import pytest
 from small import folder, llama, model, v3
 
-from serve.scripted import ScriptedEngine, serving
 from twelve.data.reader import read_documents
+from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.posttrain import teacher as teachers
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.teacher import Answer, Endpoint, EndpointError, LocalTeacher, open_teacher
 from twelve.posttrain.traces import WINDOW, collect, problem_stream, read_traces, select
+
+sys.path.append(str(Path(__file__).parents[1] / "serve"))
+from scripted import ScriptedEngine, serving
 
 CELLS = [Cell("arithmetic", 1, "en"), Cell("arithmetic", 2, "ko"), Cell("word_problems", 1, "en")]
 
@@ -26,7 +31,7 @@ class Oracle:
     def __init__(self, patience=10**9):
         self.asked, self.patience = [], patience
 
-    def answers(self, problems, n, max_tokens, temperature, seed):
+    def answers(self, problems, n, max_tokens, temperature, seeds):
         for index, problem in enumerate(problems):
             if len(self.asked) == self.patience:
                 raise EndpointError("the endpoint died")
@@ -118,19 +123,20 @@ def test_teachers_by_task_and_in_turn(tmp_path):
 def test_a_model_here_teaches_and_repeats_with_its_seed(tokenizer, shape):
     local = LocalTeacher(model(shape(tokenizer)), tokenizer)
     problems = [next(problem_stream(CELLS[index:])) for index in range(3)]
-    once, again, other = (dict(local.answers(problems, 2, 9, 1.0, seed)) for seed in (5, 5, 6))
-    assert once == again != other and all(len(answers) == 2 for answers in once.values())
+    once, again, other = (dict(local.answers(problems, 2, 9, 1.0, [seed, 8, 9])) for seed in (5, 5, 6))
+    assert once == again and once[0] != other[0] and (once[1], once[2]) == (other[1], other[2])
+    assert all(len(answers) == 2 for answers in once.values())
 
 
 def test_reasoning_that_the_prompt_opens_is_closed_in_the_answer(tokenizer, tmp_path):
-    from twelve.data.tokenizer import Tokenizer
-
     folder(tmp_path / "m", tokenizer, llama(tokenizer))
     opening = Tokenizer.load(tmp_path / "m")
-    opening.chat_template = opening.chat_template.replace("assistant\\n' }}\n{%- endif", "assistant\\n<think>' }}\n{%- endif")
+    end = "assistant\\n' }}\n{%- endif"
+    assert end in opening.chat_template
+    opening.chat_template = opening.chat_template.replace(end, end.replace("' }}", "<think>' }}"))
     local = LocalTeacher(model(llama(tokenizer)), opening)
     local.engine = ScriptedEngine(tokenizer, "1+1=2</think><answer>2</answer>")
-    [(_, [answer])] = local.answers([next(problem_stream(CELLS))], 1, 99, 1.0, 0)
+    [(_, [answer])] = local.answers([next(problem_stream(CELLS))], 1, 99, 1.0, [0])
     assert answer == Answer("<think>1+1=2</think><answer>2</answer>", True)
 
 
@@ -151,7 +157,7 @@ def test_our_own_server_teaches_with_its_reasoning(tokenizer, tmp_path, impatien
         traces = read_traces(tmp_path / "t.jsonl")
         assert counts["samples"] == 160 and len(traces) >= 1
         assert {trace["messages"][-1]["content"] for trace in traces} == {text}
-        cut = Endpoint(f"{url}/v1", "ships").answers([next(problem_stream(CELLS))], 1, 5, 1.0, 0)
+        cut = Endpoint(f"{url}/v1", "ships").answers([next(problem_stream(CELLS))], 1, 5, 1.0, [0])
         assert not next(cut)[1][0].complete
 
 
@@ -159,7 +165,7 @@ def test_a_real_model_behind_our_server_draws_by_the_seed(tokenizer, impatient):
     with serving(Engine(model(llama(tokenizer)), tokenizer)) as url:
         endpoint = open_teacher(f"{url}/v1#tiny")
         problems = [next(problem_stream(CELLS))] * 2
-        once, again = (dict(endpoint.answers(problems, 3, 8, 1.0, 4)) for _ in range(2))
+        once, again = (dict(endpoint.answers(problems, 3, 8, 1.0, [4, 5])) for _ in range(2))
         assert {i: sorted(a) for i, a in once.items()} == {i: sorted(a) for i, a in again.items()}
         assert len({answer for answers in once.values() for answer in answers}) > 3
 
@@ -173,7 +179,8 @@ class Scripted(BaseHTTPRequestHandler):
         with server.lock:
             server.seen.append((body, self.headers.get("Authorization")))
             said = server.script(len(server.seen))
-        status, content = (200, said) if isinstance(said, str) else (said, json.dumps({"error": {"message": "too\nbusy"}}))
+        busy = json.dumps({"error": {"message": "too\nbusy"}})
+        status, content = (200, said) if isinstance(said, str) else (said, busy)
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
@@ -202,7 +209,7 @@ OK = json.dumps({"choices": [{"message": {"content": "<answer>3</answer>", "reas
 def test_busy_is_tried_again_and_the_key_is_sent(endpoint):
     teacher, server = endpoint
     server.script = lambda number: 429 if number == 1 else 503 if number == 2 else OK
-    [(index, [answer])] = teacher.answers([next(problem_stream(CELLS))], 1, 9, 0.5, 0)
+    [(index, [answer])] = teacher.answers([next(problem_stream(CELLS))], 1, 9, 0.5, [0])
     assert (index, answer) == (0, Answer("<think>1+2=3</think><answer>3</answer>", True))
     assert len(server.seen) == 3 and server.seen[0] == server.seen[2]
     body, key = server.seen[0]
@@ -214,7 +221,7 @@ def test_what_cannot_work_is_one_line_without_the_key(endpoint, script):
     teacher, server = endpoint
     server.script = lambda number: script
     with pytest.raises(EndpointError) as error:
-        list(teacher.answers([next(problem_stream(CELLS))], 1, 9, 1.0, 0))
+        list(teacher.answers([next(problem_stream(CELLS))], 1, 9, 1.0, [0]))
     assert teacher.url in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value)
     assert len(server.seen) == (3 if script == "<html>" else 1)
 

@@ -66,7 +66,7 @@ HARM = {
     "programs": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'])",
     "memory bomb": "hold = []\nwhile True: hold.append(bytearray(1 << 24))",
     "endless loop": "while True: pass",
-    "endless loop that ignores the end": "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass",
+    "endless loop, deaf": "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
     "recursion": "def f(): f()\nf()",
     "large file": "f = open('large', 'wb')\nwhile True: f.write(bytes(1 << 20))",
     "many files": "import itertools\nfor n in itertools.count(): open(str(n), 'wb').write(bytes(1 << 20))",
@@ -182,13 +182,15 @@ FRAUD = {
     "equal number": "class Yes(int):\n    __eq__ = lambda *_: True\ndef double(x): return Yes(x)",
     "own assertion": "import builtins\nbuiltins.AssertionError = Warning\ndef double(x): return 3",
     "own equality": "import builtins\nbuiltins.int = str\ndef double(x): return 3",
-    "prints success": "import os, sys\nfor n in range(64):\n    try: os.write(n, b'\"\"')\n    except OSError: pass\nos._exit(0)",
+    "prints success": "import os\nfor n in range(64):\n    try: os.write(n, b'\"\"')\n    except OSError: pass\n"
+    "os._exit(0)",
     "exits in a call": "import os\ndef double(x): os._exit(0)",
     "raises in a call": "def double(x): raise SystemExit(0)",
     "assertion in a call": "def double(x): raise AssertionError",
     "looks at frames": "import sys, gc\ndef double(x):\n    frame = sys._getframe()\n    while frame:\n"
     "        if 'tests' in frame.f_locals: return 2 * x\n        frame = frame.f_back\n    return 3",
-    "looks at memory": "import gc\ndef double(x):\n    seen = [o for o in gc.get_objects() if '4 == )2(elbuod'[::-1] in repr(o)[:99]]\n"
+    "looks at memory": "import gc\ndef double(x):\n"
+    "    seen = [o for o in gc.get_objects() if '4 == )2(elbuod'[::-1] in repr(o)[:99]]\n"
     "    return 2 * x if seen else 3",
     "shadows a builtin": "abs = all = lambda *_: True\ndef double(x): return 3",
     "long value": "def double(x): return 'x' * 10_000_000",

@@ -15,7 +15,8 @@ from twelve.tasks.problem import Problem
 from twelve.tasks.verify import as_integer, final_answer
 
 SEEDS = st.integers(0, 2**63)
-NAMES = st.sampled_from(tasks.names())
+CHAINS = ("arithmetic", "word_problems")  # the others: test_generators.py
+NAMES = st.sampled_from(CHAINS)
 LANGUAGES = st.sampled_from(["ko", "en"])
 LEVELS = st.integers(1, 10)
 
@@ -72,7 +73,7 @@ KNOWN = {
 
 
 def test_problems_are_short_and_varied():
-    for name in tasks.names():
+    for name in CHAINS:
         for language in ("ko", "en"):
             some = [tasks.get(name).generate(seed, 2, language) for seed in range(500)]
             assert max(len(problem.question) for problem in some) < 130
@@ -110,7 +111,7 @@ def test_no_held_out_problem_is_in_training():
     def some(split: str, seed: int):
         return [
             problem
-            for name in tasks.names()
+            for name in CHAINS
             for problem in islice(tasks.problems(name, split, seed, levels=(1, 2, 3)), 600)
         ]
 

@@ -86,13 +86,20 @@ def task_accuracy(
 
 
 def prompt_ids(tokenizer, problem: Problem) -> list[int]:
-    """The tokens that ask for an answer: through the chat template with the task's SYSTEM message, if it has one, or
-    PLAIN where the model has no template."""
+    """The tokens that ask for an answer: through the chat template, or PLAIN where the model has none."""
     if tokenizer.chat_template is None:
         return tokenizer.encode(PLAIN.format(question=problem.question), control=False)
-    system = getattr(tasks.get(problem.task), "SYSTEM", None)
-    asked = [{"role": "system", "content": system}] if system else []
-    return encode_prompt(tokenizer, [*asked, {"role": "user", "content": problem.question}])
+    return encode_prompt(tokenizer, asked(problem))
+
+
+def asked(problem: Problem) -> list[dict[str, str]]:
+    """The conversation that an answer follows: the task's SYSTEM message, its EXAMPLES (questions with their answers),
+    where it has them, and the question."""
+    task = tasks.get(problem.task)
+    messages = [{"role": "system", "content": task.SYSTEM}] if getattr(task, "SYSTEM", None) else []
+    for question, answer in getattr(task, "EXAMPLES", ()):
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*messages, {"role": "user", "content": problem.question}]
 
 
 def _answers(

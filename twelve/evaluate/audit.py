@@ -1,8 +1,8 @@
 """Before a reward is trusted: how often a task's scorer accepts wrong answers, and rejects right ones. Needs no model.
 
 Wrong answers are made from the reference answer by small changes and by the tricks that training finds: several answers
-at once, the answer in the reasoning only, none at all. A change that happens to be right is left out, as told by a check
-that shares no code with the scorers. Right answers are the reference in other spellings.
+at once, the answer in the reasoning only, none at all. A change that happens to be right is left out, as told by a
+check that shares no code with the scorers. Right answers are the reference in other spellings.
 
 Both are given in those forms (<answer>, \\boxed{}, ####, alone) in which the scorer reads the plain reference at all.
 """
@@ -95,7 +95,7 @@ def _audit(name: str, wrong_answers: int | None, seed: int) -> dict[str, Any]:
     limit = wrong_answers or (WRONG_SOURCES if is_code else WRONG_ANSWERS)
     forms = {form: wrap for form, wrap in FORMS.items() if _reads(first, wrap)}
     if not forms:
-        raise InputError(f"{name}: the scorer reads the reference answer in no form alone, so nothing can be changed in it")
+        raise InputError(f"{name}: the scorer reads the reference answer in no form without its solution")
     accepts, rejects = Count(), Count()
     others = [problem.answer for problem in first]
     problems = iter([*first, *islice(stream, limit)])
@@ -142,8 +142,8 @@ def answer_ways(
     if changed:
         other = draw.choice(changed)[1]
         wrap = draw.choice(list(forms.values()))
-        for both in (f"{right} or {other}", f"{other} or {right}", f"{right}, {other}", f"{other}; {right}", f"{other} {right}",
-                     f"{right} / {other}", f"{right}, 아니면 {other}"):  # fmt: skip
+        for between in (" or ", ", ", "; ", " ", " / ", " = ", ", 아니면 "):
+            both = between.join(draw.sample((right, other), 2))
             if not might_be_right(problem, both):
                 yield "several answers", problem, wrap(both)
         if marked:
@@ -181,7 +181,8 @@ def changes(right: str, others: Sequence[int | str], question: str, draw: Random
             yield "digits swapped", put(re.sub(r"(\d)(\d)", r"\2\1", number, count=1))
             yield "decimal point", put(re.sub(r"(\d)$", r".\1", whole))
         place = draw.choice([i for i, sign in enumerate(number) if sign.isdigit()])
-        yield "digit changed", put(number[:place] + str((int(number[place]) + draw.randint(1, 9)) % 10) + number[place + 1 :])
+        digit = (int(number[place]) + draw.randint(1, 9)) % 10
+        yield "digit changed", put(f"{number[:place]}{digit}{number[place + 1 :]}")
         unit = NUMBER.sub("", right).strip()
         if len(found) == 1 and unit and unit not in "()[]":
             yield "unit dropped", number
@@ -195,9 +196,10 @@ def changes(right: str, others: Sequence[int | str], question: str, draw: Random
     yield "another problem's answer", str(draw.choice(others))
     if told := NUMBER.findall(question):
         yield "number of the question", draw.choice(told)
+    if right.isdigit() and len(right) > 1:
+        yield "digits apart", " ".join(right)
     yield "question repeated", question
     yield "all numbers", " ".join(map(str, range(101)))
-    yield "the digits apart", " ".join(right.replace(" ", "")) if right.isdigit() and len(right) > 1 else ""
 
 
 def might_be_right(problem: Problem, given: str) -> bool:
@@ -208,10 +210,9 @@ def might_be_right(problem: Problem, given: str) -> bool:
     right = str(problem.answer)
     if _number(right) is not None and _number(given) is not None:
         return _number(right) == _number(given)
-    if _words(right) == _words(given):
-        return True
-    value = _value(right)
-    return value is not None and "target" in problem.data and _value(given) == problem.data["target"]
+    if "target" in problem.data:
+        return _value(given) == problem.data["target"]
+    return _words(right) == _words(given)
 
 
 def _number(text: str) -> Fraction | None:
@@ -241,7 +242,7 @@ def _value(expression: str) -> Fraction | None:
 def source_ways(
     problem: Problem, others: Sequence[int | str], forms: dict[str, Callable[[str], str]], draw: Random
 ) -> Iterator[Tried]:
-    """Programs that are wrong, whatever the problem: its functions return what they should not, or they cheat."""
+    """Programs that give something else than the reference on random lists, or nothing, or cheat."""
     right = str(problem.answer)
     names = re.findall(r"^def (\w+)", right, re.MULTILINE)
     bodies = {
@@ -252,14 +253,41 @@ def source_ways(
     }  # fmt: skip
     changed = {kind: "\n".join(f"def {name}(*_, **__): {body}" for name in names) for kind, body in bodies.items()}
     changed |= {
-        "another program": next((str(other) for other in others if not re.search(rf"def {names[-1]}\b", str(other))), ""),
         "cut short": right[: right.rindex("return")], "no program": "print('all tests passed')", "empty": "",
         "one off": right + "".join(
             f"\n_{name} = {name}\ndef {name}(*given): return (_{name}(*given), 1)" for name in names
         ),
     }  # fmt: skip
+    lines = right.splitlines()
+    head = lines[:-1]
+    number = draw.choice(list(re.finditer(r"\d+", right)) or [re.match("", right)])
+    near = {
+        "another program": str(draw.choice(others)),
+        "line dropped": "\n".join(line for line in lines if line != draw.choice(head[1:] or [""])),
+        "another end": "\n".join([*head, str(draw.choice(others)).splitlines()[-1]]),
+        "comparison turned": right.translate(str.maketrans("<>", "><")),
+        "sign turned": right.translate(str.maketrans("+-", "-+")),
+        "number changed": f"{right[: number.start()]}{draw.randint(10, 19)}{right[number.end() :]}",
+    }  # fmt: skip
+    changed |= {kind: source for kind, source in near.items() if differs(right, source, draw)}
     for kind, source in changed.items():
         yield kind, problem, draw.choice(list(forms.values()))(source)
+    yield "answer in the reasoning", problem, f"<think>\n```python\n{right}\n```\n<answer>{right}</answer></think>"
+
+
+def differs(right: str, other: str, draw: Random) -> bool:
+    """Whether two programs of our own making do, in what their function gives for random lists."""
+
+    def results(source: str) -> list[Any]:
+        names: dict[str, Any] = {}
+        try:
+            exec(source, names)
+            return [names["solve"](list(numbers)) for numbers in lists]
+        except Exception as error:
+            return [type(error)]
+
+    lists = [[draw.randint(-20, 20) for _ in range(draw.randrange(13))] for _ in range(100)]
+    return results(right) != results(other)
 
 
 # --- right answers ----------------------------------------------------------------------------------------------------

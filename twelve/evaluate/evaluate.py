@@ -40,7 +40,8 @@ def evaluate(
               f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
     engine = Engine(network, tokenizer)
     for name in names:
-        for language in languages:
+        spoken = getattr(known_tasks.get(name), "LANGUAGES", languages)
+        for language in [code for code in languages if code in spoken] or languages:
             for level in levels:
                 found = task_accuracy(engine, tokenizer, name, language, level, problems, seed, temperature)
                 result["tasks"].append(found.to_dict())

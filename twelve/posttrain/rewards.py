@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from twelve.data.reasoning import split_reasoning
 from twelve.tasks import Problem
 
-INSIDE = r"(?:(?!</?(?:think|answer)>).)+"
+TAG = r"</?(?:think|answer)>"
+INSIDE = rf"\s*(?!{TAG})\S(?:(?!{TAG}).)*"
 FORM = re.compile(rf"\s*<think>{INSIDE}</think>\s*<answer>{INSIDE}</answer>\s*", re.DOTALL)
+# in no language: tags, quantities (3y, 6 km), and names of one letter (x, 점 A)
+NEUTRAL = re.compile(rf"{TAG}|[0-9] ?[A-Za-z]{{1,3}}(?![^\W\d_])|(?<![^\W\d_])[A-Za-z](?![^\W\d_])")
 WORD = re.compile(r"[^\W\d_]+")
 HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
-LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+LATIN = re.compile("^[A-Za-z\u00c0-\u024f]+$")
 SCRIPTS = {"ko": HANGUL, "en": LATIN}
 
 
@@ -48,10 +51,11 @@ def well_formed(text: str) -> float:
 def language_share(text: str, language: str) -> float:
     """The share of the reasoning's words that are in the script of the language; 1 where it has no words.
 
-    Without reasoning the whole text counts. 1 for languages other than SCRIPTS' too.
+    A foreign word with a Korean particle is Korean. Without reasoning the whole text counts. 1 for languages other than
+    "ko" and "en", too.
     """
     reasoning, answer = split_reasoning(text)
-    words = WORD.findall(reasoning or answer.replace("<answer>", " ").replace("</answer>", " "))
+    words = WORD.findall(NEUTRAL.sub(" ", reasoning or answer))
     if not words or language not in SCRIPTS:
         return 1.0
     return sum(SCRIPTS[language].search(word) is not None for word in words) / len(words)

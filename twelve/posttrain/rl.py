@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from twelve.lora import attach
 from twelve.model import Transformer, count_parameters
 from twelve.posttrain.curriculum import HOW, Cell
 from twelve.posttrain.grpo import Objective
+from twelve.posttrain.judge import Judge, Judged
 from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rewards import Rewards
 from twelve.train.plan import Plan
@@ -35,14 +37,15 @@ def rl(
     curriculum: str = HOW[0], problems: int = 200, updates: int = 1, method: str = "grpo", loss: str = "token",
     normalise: str = "std", kl: float = 0.0, off_policy: float | None = None, format_reward: float = 0.0,
     language_reward: float = 0.0, length_penalty: float = 0.0, device: str | None = None,
-    started: float | None = None, quiet: bool = False,
+    started: float | None = None, quiet: bool = False, judge: Judge | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Improve a model (a folder, a .gguf file, a package's name) on checkable tasks by GRPO; the same call resumes.
 
     task: names that `tasks.get` knows, a user's .py file among them. A step samples `group` answers to each of
     `prompts` problems. lora: rank of the adapters, 0 trains everything; by default a model above 20M parameters gets
     adapters. memory: bytes that the process stays below. problems: held-out ones, answered before and after. updates:
-    optimiser steps a rollout. The rest: `grpo.Objective`, `rewards.Rewards`, `curriculum`.
+    optimiser steps a rollout. judge: scores general prompts, which are mixed in. The rest: `grpo.Objective`,
+    `rewards.Rewards`, `curriculum`.
 
     Returns the figures of the run. InputError for whatever of this cannot be, Interrupted on Ctrl-C.
     """
@@ -71,6 +74,7 @@ def rl(
         "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty,
         "device": device,
     }  # fmt: skip
+    options |= judge.options if judge else {}
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
@@ -88,7 +92,8 @@ def rl(
             network, reference = _load(source, lora, target, seed), None
             if kl and not lora:
                 reference = _load(source, 0, target, seed).requires_grad_(False)
-            return Reinforcement(network, words, plan, folder, cells, objective, rewards, reference)
+            kind = partial(Judged, judge=judge) if judge else Reinforcement
+            return kind(network, words, plan, folder, cells, objective, rewards, reference)
 
         return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), chats=True)
 

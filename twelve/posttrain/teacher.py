@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
+from itertools import islice
 from random import Random
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from twelve import convert
 from twelve.data.chat import opens_reasoning, render
 from twelve.data.reasoning import CLOSE, OPEN
 from twelve.data.tokenizer import Tokenizer
-from twelve.engine import Engine
+from twelve.engine import Engine, Request, sub_seed
 from twelve.errors import InputError
-from twelve.posttrain.rollout import sample
+from twelve.evaluate.accuracy import asked, prompt_ids
 from twelve.tasks import Problem
 
 RETRIES = (0.5, 2.0, 6.0)  # seconds before each further try
@@ -56,17 +57,23 @@ class LocalTeacher:
         return Engine(self.model, self.tokenizer)
 
     def answers(
-        self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seed: int
+        self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """`n` answers to each problem, with its number, as they are there. A seed gives the same ones again."""
-        for index, group in enumerate(sample(self.engine, self.tokenizer, problems, n, max_tokens, temperature, seed)):
-            opened = OPEN if self._opens(problems[index]) else ""
-            yield index, [Answer(opened + one.text, one.finish_reason == "stop") for one in group.answers]
+        """`n` answers to each problem, with its place, as they are there. A problem's seed gives the same ones again."""
+        requests = [
+            Request(prompt_ids(self.tokenizer, problem), max_tokens, temperature, seed=sub_seed(seed, one))
+            for problem, seed in zip(problems, seeds, strict=True)
+            for one in range(n)
+        ]
+        completions = iter(self.engine.generate(requests))
+        for index, problem in enumerate(problems):
+            opened = OPEN if self._opens(problem) else ""
+            yield index, [Answer(opened + one.text, one.finish_reason == "stop") for one in islice(completions, n)]
 
     def _opens(self, problem: Problem) -> bool:
         """Whether the prompt itself opens the reasoning, which the answer then lacks."""
-        question = [{"role": "user", "content": problem.question}]
-        return self.tokenizer.chat_template is not None and opens_reasoning(render(self.tokenizer, question))
+        has_template = self.tokenizer.chat_template is not None
+        return has_template and opens_reasoning(render(self.tokenizer, asked(problem)))
 
 
 @dataclass
@@ -93,29 +100,29 @@ class Endpoint:
         self.name = f"{self.model} at {self.url}"
 
     def answers(
-        self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seed: int
+        self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Answer]]]:
         """As LocalTeacher's. EndpointError when it stops answering, once all that did arrive was given out."""
 
         stopped = threading.Event()
 
-        def ask(problem: Problem, one: int) -> Answer | None:
+        def ask(problem: Problem, seed: int, one: int) -> Answer | None:
             return None if stopped.is_set() else self._answer({
-                "model": self.model, "messages": [{"role": "user", "content": problem.question}],
+                "model": self.model, "messages": asked(problem),
                 "max_tokens": max_tokens, "temperature": temperature, "seed": Random(f"{seed} {one}").getrandbits(31),
             })  # fmt: skip
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            asked = {
-                pool.submit(ask, problem, index * n + one): index
-                for index, problem in enumerate(problems)
+            pending = {
+                pool.submit(ask, problem, seed, one): index
+                for index, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
                 for one in range(n)
             }
             arrived: dict[int, list[Answer]] = {}
             failure = None
             try:
-                for future in as_completed(asked):
-                    index = asked[future]
+                for future in as_completed(pending):
+                    index = pending[future]
                     try:
                         answer = future.result()
                     except EndpointError as error:

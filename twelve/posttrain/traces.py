@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from twelve import tasks
 from twelve.errors import InputError
+from twelve.evaluate.accuracy import asked
 from twelve.files import atomic_write
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.teacher import EndpointError, Teacher
@@ -68,10 +69,10 @@ def collect(
     window = max(solved, default=0) // WINDOW
     first = window * WINDOW
     stream = islice(problem_stream(cells, seed), first, problems)
-    asked, accepted = first, len(traces)
+    tried, accepted = first, len(traces)
     bar = tqdm(total=problems, initial=first, desc="traces", unit="problem", disable=quiet)
     with open(path, "a", encoding="utf-8") as file, bar:
-        while batch := list(enumerate(islice(stream, WINDOW), start=asked)):
+        while batch := list(enumerate(islice(stream, WINDOW), start=tried)):
             now = time.monotonic()
             if seconds is not None and now + longest > began + seconds:
                 break
@@ -85,21 +86,21 @@ def collect(
             except EndpointError as error:
                 kept = f"{accepted:,} traces are kept in {path}"
                 raise InputError(f"{error}; {kept}: run the same command again to go on") from error
-            asked, longest = asked + len(batch), max(longest, time.monotonic() - now)
+            tried, longest = tried + len(batch), max(longest, time.monotonic() - now)
             bar.update(len(batch))
             bar.set_postfix_str(f"{accepted:,} traces")
-            if not accepted and asked >= HOPELESS * WINDOW:
+            if not accepted and tried >= HOPELESS * WINDOW:
                 break
     if not accepted:
         names = ", ".join({cell.task: None for cell in cells})
         raise InputError(
-            f"nothing passed the verifier: 0 of {asked * samples:,} answers to {asked:,} problems of {names}, a pass "
+            f"nothing passed the verifier: 0 of {tried * samples:,} answers to {tried:,} problems of {names}, a pass "
             "rate of 0%: choose easier levels, more --max-tokens or a better teacher"
         )
     rates = {trace["problem"]: trace["pass_rate"] for trace in read_traces(path)}
     return {
-        "problems": asked, "samples": asked * samples, "accepted": accepted,
-        "pass_rate": round(sum(rates.values()) / max(1, asked), 4),
+        "problems": tried, "samples": tried * samples, "accepted": accepted,
+        "pass_rate": round(sum(rates.values()) / max(1, tried), 4),
     }  # fmt: skip
 
 
@@ -115,8 +116,9 @@ def _answers(
         if number not in solved:
             shares.setdefault(id(teacher), (teacher, []))[1].append((number, problem))
     for teacher, share in shares.values():
-        drawn = seed << 32 | share[0][0]  # differs from window to window
-        for index, answers in teacher.answers([p for _, p in share], samples, max_tokens, temperature, drawn):
+        numbers, problems = zip(*share, strict=True)
+        seeds = [seed << 32 | number for number in numbers]
+        for index, answers in teacher.answers(problems, samples, max_tokens, temperature, seeds):
             yield *share[index], [answer.text if answer.complete else "" for answer in answers]
 
 
@@ -124,10 +126,9 @@ def _accepted(problem: Problem, texts: list[str], number: int) -> list[Trace]:
     """The different right answers among those to one problem; `pass_rate` is the share of right ones."""
     scores = tasks.score_all([problem] * len(texts), texts)
     right = [text for text, score in zip(texts, scores, strict=True) if score >= 1]
-    question = problem.messages()[:-1]
     return [
         {
-            "messages": [*question, {"role": "assistant", "content": text}], "task": problem.task,
+            "messages": [*asked(problem), {"role": "assistant", "content": text}], "task": problem.task,
             "level": problem.level, "language": problem.language, "pass_rate": len(right) / len(texts),
             "problem": number,
         }

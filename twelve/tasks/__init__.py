@@ -1,4 +1,4 @@
-"""Checkable tasks, found by their name. A module each, or a file of the user's (see adapters.py), with the same functions.
+"""Checkable tasks, found by name: a module each, or a file of the user's (see adapters.py), with the same functions.
 
 generate(seed, level, language) -> Problem  a pure function; "ko" and "en" of a seed and level say the same
 score(problem, text) -> float               0 to 1, for what a model answered
@@ -21,7 +21,10 @@ from twelve.tasks.problem import LANGUAGES, Problem, is_held_out
 
 __all__ = ["LANGUAGES", "Problem", "check", "get", "is_held_out", "names", "problems", "score_all"]
 
-NAMES = ("arithmetic", "word_problems")
+NAMES = (
+    "arithmetic", "word_problems", "countdown", "equations", "sorting", "calendar_clock", "units", "logic", "sequences",
+    "code",
+)  # fmt: skip
 IN_PROCESSES = ("code",)  # their scores wait for other processes
 PATIENCE = 10_000  # draws without a new question after which there are no more
 CHECKED = 20  # problems, before a task is trusted

@@ -1,7 +1,7 @@
 """Tasks that are no module of ours: a user's own .py file, a generator of reasoning-gym, rows of a .jsonl file.
 
-They have what a module has (`generate`, `score`, `LARGEST_LEVEL`) and beyond it `LEVELS`, `LANGUAGES`, `score_all`, and,
-from a user's file, `SYSTEM` and `MAX_TOKENS`.
+They have what a module has (`generate`, `score`, `LARGEST_LEVEL`), and `LEVELS` and `LANGUAGES`; those in a worker also
+`score_all`, and from a user's file `SYSTEM`, `EXAMPLES` and `MAX_TOKENS`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from twelve.errors import InputError
 from twelve.tasks.problem import LANGUAGES, Problem
 from twelve.tasks.verify import answer_score, final_answer
-from twelve.tasks.worker import LATE, Reply, Worker
+from twelve.tasks.worker import Reply, Worker
 
 SECONDS = 5.0  # of one call
-PATIENCE = 3  # calls in a row that do not return
+PATIENCE = 3  # calls in a row that do not return, or end the process
 TRUSTED = 64  # calls of `score` before the share of those that raise is judged
 
 
@@ -29,19 +29,21 @@ class WorkerTask:
     """A task whose functions run in a worker process: `module` is user_file or gym.
 
     What the scorer gets wrong costs the sample, not the run: raising or taking longer than `seconds` scores 0, with one
-    warning. InputError where going on makes no sense: half of all calls raise, three in a row do not return, or a score
-    lies outside of 0 to 1.
+    warning. InputError where going on makes no sense: more than half of all calls raise, three in a row do not return
+    or end the process, or a score lies outside of 0 to 1.
     """
 
     def __init__(self, name: str, module: str, seconds: float = SECONDS):
         self.name, self.seconds = name, seconds
         self._worker = Worker(f"twelve.tasks.{module}", name)
-        self._scored = self._raised = self._late = 0
+        self._scored = self._raised = self._lost = 0
         self._warned: set[bool] = set()
         about = self._ask("about")
         self.LEVELS, self.LANGUAGES = tuple(about["levels"]), tuple(about["languages"])
         self.LARGEST_LEVEL = self.LEVELS[-1]
-        self.SYSTEM, self.MAX_TOKENS, self._scores = about["system"], about["max_tokens"], about["scores"]
+        self.SYSTEM, self.EXAMPLES, self._scores = about["system"], about["examples"], about["scores"]
+        if about["max_tokens"]:
+            self.MAX_TOKENS = about["max_tokens"]
 
     def generate(self, seed: int, level: int, language: str) -> Problem:
         """InputError for a level that it does not have, and, with the line of the file, when its `generate` raises."""
@@ -67,21 +69,21 @@ class WorkerTask:
 
     def _judge(self, reply: Reply) -> float:
         self._scored += 1
-        late = reply.error == LATE
-        self._late = self._late + 1 if late else 0
-        if self._late >= PATIENCE:
-            raise InputError(f"{self.name}: score did not return within {self.seconds:g} s, {PATIENCE} times in a row")
+        self._lost = self._lost + 1 if reply.lost else 0
+        if self._lost >= PATIENCE:
+            limit = f"(limit: {self.seconds:g} s)"
+            raise InputError(f"{self.name}: score {reply.error} {PATIENCE} times in a row {limit}")
         if not reply.error:
             if not 0 <= reply.value <= 1:
                 raise InputError(f"{self.name}: score returned {reply.value}, which is not from 0 to 1")
             return reply.value
         if reply.fatal:
             raise InputError(reply.error)
-        self._raised += not late
+        self._raised += not reply.lost
         if self._scored >= TRUSTED and self._raised > self._scored / 2:
             raise InputError(f"score raised on {self._raised} of {self._scored} answers, last: {self._place(reply)}")
-        if late not in self._warned:
-            self._warned.add(late)
+        if reply.lost not in self._warned:
+            self._warned.add(reply.lost)
             print(f"warning: score counts 0 where it fails, now with {self._place(reply)}", file=sys.stderr)
         return 0.0
 
@@ -96,8 +98,8 @@ class WorkerTask:
 
 
 class JsonlTask:
-    """Rows of a .jsonl file, all of level 1: GSM8K's (`question`, `answer` with ####), SVAMP's (`Body` and `Question`, or
-    `question`; `answer`), or `problem`/`question`/`prompt` with `answer`, and `solution` if there is one.
+    """Rows of a .jsonl file, all of level 1: GSM8K's (`question`, `answer` with ####), SVAMP's (`Body` and `Question`,
+    `Answer`), or `question`, `problem` or `prompt` with `answer` or `solution` or both.
 
     One row in ten is for testing, by its content, unless the name says what the file is for: `gsm8k-test.jsonl#test` or
     `gsm8k-train.jsonl#train`.

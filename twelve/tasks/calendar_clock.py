@@ -2,7 +2,7 @@
 
 1: the weekday some days later or earlier. 2: a time some minutes later, or the minutes between two times; 3: over
 midnight. 4: a date some months later, or the days between two dates; 5: up to a year. 6: the weekday of a date, from
-that of a date one to two years before.
+that of a date more than a year before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from twelve.tasks.verify import answer_score, final_answer
 
 LARGEST_LEVEL = 6
 DAY = 24 * 60  # minutes
-DAYS = {4: range(60, 151), 5: range(200, 366), 6: range(366, 731)}  # between two dates, by level
+DAYS = {4: range(60, 151), 5: range(200, 366), 6: range(366, 551)}  # between two dates, by level
 FIRST, LAST = date(2000, 1, 1).toordinal(), date(2096, 12, 31).toordinal()
 WEEKDAYS = {
     "Monday": "월요일", "Tuesday": "화요일", "Wednesday": "수요일", "Thursday": "목요일", "Friday": "금요일",

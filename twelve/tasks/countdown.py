@@ -36,7 +36,7 @@ def generate(seed: int, level: int, language: str) -> Problem:
             break
     listed = ", ".join(map(str, numbers))
     if language == "ko":
-        question = f"{Noun(listed):을/를} 많아야 한 번씩 쓰고 +, -, *, /와 괄호를 써서 {Noun(target):을/를} 만드는 식은?"
+        question = f"{Noun(listed):을/를} 한 번까지만 쓰고 +, -, *, /와 괄호로 {Noun(target):을/를} 만드는 식은?"
     else:
         question = f"Use each of {listed} at most once, with +, -, *, / and brackets, to make {target}."
     key = f"countdown {sorted(numbers)} {target}"
@@ -57,7 +57,7 @@ def score(problem: Problem, text: str) -> float:
 
 
 def evaluate(expression: str) -> tuple[Fraction, Counter[int]] | None:
-    """Its exact value and the numbers in it; None for what is not a short sum of whole numbers with + - * / and brackets.
+    """Its exact value and the numbers in it; None for what is more than whole numbers, + - * / and brackets.
 
     The expression is parsed, never run.
     """
@@ -87,11 +87,9 @@ def _combine(draw: Random, numbers: list[int]) -> tuple[int, str, list[str]]:
     steps = []
     while len(left) > 1:
         (a, first), (b, second) = (left.pop(draw.randrange(len(left))) for _ in range(2))
-        allowed = [sign for sign in "+-*/" if sign in "+*" or (a > b if sign == "-" else b > 1 and a % b == 0)]
-        sign = draw.choice(allowed)
+        sign = draw.choice("+*" + "-" * (a > b) + "/" * (b > 1 and a % b == 0))
         value = int(APPLY[sign](a, b))
         steps.append(f"{a}{sign}{b}={value}")
-        # what was joined last stands in brackets, unless nothing follows
         joined = f"{first}{sign}{second}"
         left.append((value, f"({joined})" if left else joined))
     return left[0][0], left[0][1], steps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from random import Random
 
-from twelve.tasks.korean import Noun
 from twelve.tasks.problem import Problem, check
 from twelve.tasks.verify import integer_score
 
@@ -92,14 +91,13 @@ def _side(factor: int, inside: int, rest: int) -> str:
     """factor (x + inside) + rest, without what is 0."""
     if not inside:
         return _sum((factor, "x"), (rest, ""))
-    rest_text = _signed(rest, "") if rest else ""
-    return f"{factor}({_sum((1, 'x'), (inside, ''))}){rest_text}"
+    return f"{factor}({_sum((1, 'x'), (inside, ''))})" + (_signed(rest, "") if rest else "")
 
 
 def _sum(*terms: tuple[int, str]) -> str:
     """3x - 5 of (3, "x") and (-5, ""); 0 when nothing is left."""
     text = "".join(_signed(factor, symbol) for factor, symbol in terms if factor)
-    return text.removeprefix(" + ").replace(" - ", "-", 1) if text.startswith(" - ") else text.removeprefix(" + ") or "0"
+    return f"-{text[3:]}" if text.startswith(" - ") else text[3:] or "0"
 
 
 def _signed(factor: int, symbol: str) -> str:

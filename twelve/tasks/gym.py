@@ -1,4 +1,4 @@
-"""Any generator of reasoning-gym (an extra), as its worker process sees it: `gym:NAME`. One level, its default settings.
+"""Any generator of reasoning-gym (an extra), as its worker process sees it: `gym:NAME`. One level, its defaults.
 
 It runs in a worker because some of its scorers evaluate what the model wrote.
 """

@@ -10,16 +10,18 @@ DIGITS = "영일이삼사오육칠팔구"
 SMALL_UNITS = "십백천"
 LARGE_UNITS = "만억조경"  # of four digits each
 UNITS = {
-    "mm": "밀리미터", "cm": "센티미터", "m": "미터", "km": "킬로미터", "mg": "밀리그램", "g": "그램", "kg": "킬로그램",
-    "t": "톤", "mL": "밀리리터", "L": "리터",
+    "mm": "밀리미터", "cm": "센티미터", "m": "미터", "km": "킬로미터", "mg": "밀리그램", "g": "그램",
+    "kg": "킬로그램", "t": "톤", "mL": "밀리리터", "L": "리터",
 }  # fmt: skip
 LETTERS = {"l": "엘", "m": "엠", "n": "엔", "r": "알"}  # the names of all others end in a vowel
 
 
 def final_consonant(word: str) -> str:
-    """The consonant that ends the word when read aloud, "" for a vowel. Digits are read in Sino-Korean (10 is 십), the
-    units of UNITS in full (kg is 킬로그램), single letters and capitals by their names (N is 엔); what else is not
-    Hangul counts as a vowel."""
+    """The consonant that ends the word when read aloud, "" for a vowel.
+
+    Digits are read in Sino-Korean (10 is 십), the units of UNITS in full (kg is 킬로그램), single letters and capitals by
+    their names (N is 엔); what else is not Hangul counts as a vowel.
+    """
     last = word[-1:]
     if last.isascii() and last.isdigit():
         last = _last_syllable_of_number(word)

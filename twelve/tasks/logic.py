@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 from twelve.tasks.korean import Noun
@@ -19,8 +20,8 @@ ORDERS = {  # more, less, most; in Korean the last one without its beginning
     "speed": (("faster", "slower", "fastest"), ("빠르다", "느리다", "", "빠른")),
 }
 PLACES = (
-    ("", "가장"), ("second ", "두 번째로"), ("third ", "세 번째로"), ("fourth ", "네 번째로"), ("fifth ", "다섯 번째로"),
-    ("sixth ", "여섯 번째로"), ("seventh ", "일곱 번째로"),
+    ("", "가장"), ("second ", "두 번째로"), ("third ", "세 번째로"), ("fourth ", "네 번째로"),
+    ("fifth ", "다섯 번째로"), ("sixth ", "여섯 번째로"), ("seventh ", "일곱 번째로"),
 )  # fmt: skip
 Statement = tuple[int, int, bool]  # who speaks, of whom, and whether he calls him a liar
 
@@ -45,7 +46,7 @@ def score(problem: Problem, text: str) -> float:
 def _order(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str], int, str]:
     """Neighbours are compared, so only one order is possible. The steps join a clue at a time to the chain."""
     kind, order = draw.choice(list(ORDERS)), draw.sample(range(len(names)), len(names))
-    clues = list(zip(order, order[1:], strict=False))
+    clues = list(pairwise(order))
     draw.shuffle(clues)
     turned = [draw.random() < 0.5 for _ in clues]
     place = draw.randrange(len(order))
@@ -80,14 +81,14 @@ def _liar(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str
         liar = draw.choice(people)
         statements = [_statement(draw, speaker, liar, people) for speaker in people]
         found = [_supposing(liar, statements) for liar in people]
-        possible = [person for person in people if all(found[person][speaker] == (speaker != person) for speaker in people)]
-        if possible == [liar]:
+        if [person for person in people if found[person] == [other != person for other in people]] == [liar]:
             break
     listed = ", ".join(names)
     if language == "ko":
         told = [f"{listed} 가운데 거짓말쟁이는 한 명이고, 그 사람의 말만 거짓이다."]
         for speaker, other, accused in statements:
-            told.append(f'{names[speaker]:은/는} "{names[other]:은/는} 거짓말쟁이{"다" if accused else "가 아니다"}"라고 말한다.')
+            claim = f"{names[other]:은/는} 거짓말쟁이{'다' if accused else '가 아니다'}"
+            told.append(f'{names[speaker]:은/는} "{claim}"라고 말한다.')
         told.append("거짓말쟁이는 누구인가?")
     else:
         told = [f"One of {listed} is a liar, and only what the liar says is false."]

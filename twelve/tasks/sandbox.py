@@ -11,10 +11,10 @@ values cross as plain values (numbers, text, lists, tuples, dicts, sets, None). 
 being equal, and the code sees no test.
 
 Not covered: faults of the kernel itself; what can be learned from timing or from how full the machine is; reading
-Python's own files and libraries (and, where there is no Landlock, every file that the user can read; it cannot send them
-anywhere); filling the disk with many files of the temporary folder, where there are no namespaces; tests that need
-arguments changed in place, or classes. With `unsafe` nothing but the limits stands between the code and the user's files,
-network and processes.
+Python's own files and libraries (and, where there is no Landlock, every file that the user can read, which it cannot
+send anywhere); filling the disk with many files of the temporary folder, where there are no namespaces; tests that need
+arguments changed in place, or classes. With `unsafe` nothing but the limits stands between the code and the user's
+files, network and processes, and it may find the tests.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Verdict:
     reason: str = ""
 
 
-def run_tests(
-    source: str, tests: str, seconds: float = SECONDS, memory: int = MEMORY, unsafe: bool = False
-) -> bool:  # fmt: skip
+def run_tests(source: str, tests: str, seconds: float = SECONDS, memory: int = MEMORY, unsafe: bool = False) -> bool:
     """Whether the functions of `source` pass `tests`, Python statements that raise where something is wrong.
 
     `seconds` of CPU time (and three times that by the clock), `memory` in bytes. InputError when this machine cannot
@@ -94,9 +92,8 @@ def _run(source: str, tests: str, seconds: float, memory: int, isolate: bool) ->
             "source": source, "seconds": seconds, "memory": memory, "patience": patience, "folder": folder,
             "isolate": isolate,
         }  # fmt: skip
-        message = b"".join(
-            struct.pack("Q", len(part)) + part for part in (json.dumps(orders).encode(), tests.encode("utf-8", "replace"))
-        )
+        parts = json.dumps(orders).encode(), tests.encode("utf-8", "replace")
+        message = b"".join(struct.pack("Q", len(part)) + part for part in parts)
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-X", "utf8", str(SCRIPT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env={},
@@ -156,10 +153,13 @@ def _break_out() -> list[str]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as sockets:
         path, new, end = (os.path.join(folder, name) for name in ("old", "new", "socket"))
         Path(path).write_text("old")
-        ends = [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET, socket.SOCK_DGRAM), (socket.AF_UNIX, socket.SOCK_STREAM)]
-        tcp, udp, unix = (sockets.enter_context(socket.socket(*kind)) for kind in ends)
-        tcp.bind(("127.0.0.1", 0)), udp.bind(("127.0.0.1", 0)), unix.bind(end)
-        tcp.listen(), unix.listen()
+        tcp = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        udp = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        unix = sockets.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        for each, address in ((tcp, ("127.0.0.1", 0)), (udp, ("127.0.0.1", 0)), (unix, end)):
+            each.bind(address)
+        tcp.listen()
+        unix.listen()
         tries = {
             "could use the network": [
                 f"reach({tcp.getsockname()[1]})", f"send({udp.getsockname()[1]})", f"talk({end!r})",

@@ -13,10 +13,10 @@ LARGEST_LEVEL = 10
 NUMBERS = range(1, 100)
 ORDINALS = {2: ("second", "두"), 3: ("third", "세"), 4: ("fourth", "네"), 5: ("fifth", "다섯")}
 WORDS = (  # by length, the same in both languages: one to four syllables in Korean
-    ("sun 해", "cow 소", "egg 알", "dog 개", "rice 쌀", "bear 곰", "moon 달", "book 책", "door 문", "hand 손", "snow 눈",
-     "star 별", "foot 발", "nose 코"),
-    ("apple 사과", "cloud 구름", "train 기차", "chair 의자", "shoes 신발", "onion 양파", "paper 종이", "music 음악",
-     "clock 시계", "grape 포도", "whale 고래"),
+    ("sun 해", "cow 소", "egg 알", "dog 개", "rice 쌀", "bear 곰", "moon 달", "book 책", "door 문", "hand 손",
+     "snow 눈", "star 별", "foot 발", "nose 코"),
+    ("apple 사과", "cloud 구름", "train 기차", "chair 의자", "shoes 신발", "onion 양파", "paper 종이",
+     "music 음악", "clock 시계", "grape 포도", "whale 고래"),
     ("bicycle 자전거", "cabbage 양배추", "dolphin 돌고래", "gorilla 고릴라", "library 도서관", "teacher 선생님",
      "sweater 스웨터"),
     ("sunflower 해바라기", "helicopter 헬리콥터", "harmonica 하모니카", "accordion 아코디언", "spaghetti 스파게티",
@@ -41,7 +41,10 @@ ENGLISH = {
 
 
 def generate(seed: int, level: int, language: str) -> Problem:
-    """Numbers are 1 to 99, no two alike; one word is longer than all others. InputError for another level or language."""
+    """Numbers are 1 to 99, no two alike; one word is longer than all others.
+
+    InputError for another level or language.
+    """
     check(level, LARGEST_LEVEL, language)
     draw = Random(f"sorting {seed} {level}")
     count, korean = level + 2, language == "ko"

@@ -22,7 +22,8 @@ KINDS = {
     "money": {"eok won": 10_000, "man won": 10_000, "won": 1},  # Korean counts in ten thousands
 }
 KOREAN = {  # metric units look the same
-    "days": "일", "hours": "시간", "minutes": "분", "seconds": "초", "eok won": "억 원", "man won": "만 원", "won": "원",
+    "days": "일", "hours": "시간", "minutes": "분", "seconds": "초",
+    "eok won": "억 원", "man won": "만 원", "won": "원",
 }  # fmt: skip
 FARTHEST = 2  # units apart
 

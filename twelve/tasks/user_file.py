@@ -3,6 +3,7 @@
     LEVELS = (1, 2, 3)              # these four may be left out
     LANGUAGES = ("en",)
     SYSTEM = "Answer with a number."
+    EXAMPLES = [("2 + 2?", "4")]
     MAX_TOKENS = 64
 
     def generate(seed, level, language):  # level and language may be left out
@@ -65,6 +66,7 @@ def functions(path: str) -> dict[str, Callable]:
         languages = languages or [generate(0, levels[0], "en")["language"]]
         return {
             "levels": levels, "languages": languages, "system": getattr(module, "SYSTEM", None),
+            "examples": [list(map(str, pair)) for pair in getattr(module, "EXAMPLES", ())],
             "max_tokens": getattr(module, "MAX_TOKENS", None), "scores": callable(getattr(module, "score", None)),
         }  # fmt: skip
 
@@ -97,9 +99,11 @@ def _load(path: str) -> ModuleType:
 def _arguments(path: str, generate: Callable) -> list[str]:
     """Of "level" and "language", those that it takes."""
     first, *rest = inspect.signature(generate).parameters.values() or [None]
-    needed = [each.name for each in rest if each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    rest = [each for each in rest if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    needed = [each.name for each in rest if each.default is each.empty]
     if first is None or set(needed) - {"level", "language"}:
-        raise InputError(f"{path}: generate takes (seed, level, language), or fewer of them; not {', '.join(needed) or 'nothing'}")
+        wrong = ", ".join(needed) or "nothing"
+        raise InputError(f"{path}: generate takes (seed, level, language), or fewer of them; not {wrong}")
     return [name for name in ("level", "language") if name in {each.name for each in rest}]
 
 

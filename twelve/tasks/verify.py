@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from twelve.tasks.worker import Worker
 
 LONGEST = 1000  # characters of an answer; a longer one is wrong
-LONGEST_NUMBER = 80
+LONGEST_NUMBER = 120
 FORMULA_SECONDS, FORMULA_MEMORY = 3.0, 2 * 2**30
 INTEGER = re.compile(r"[+-]?(?:[0-9]{1,40}|[0-9]{1,3}(?:[, ][0-9]{3}){1,12})")
 WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width ASCII
@@ -38,7 +38,7 @@ NUMBER = re.compile(
 )
 TEXT = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*")
 LATEX = (  # spellings, and what they say
-    (re.compile(r"\\[dt]frac\b"), r"\\frac"),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:left|right)\b"), ""),
     (re.compile(r"\\[,;:! ]|~"), " "),
     (re.compile(r"\{,\}"), ","),
@@ -49,7 +49,7 @@ LATEX = (  # spellings, and what they say
     (re.compile(r"\\([%$])"), r"\1"),
 )
 WORDS = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{2,}")
-FUNCTIONS = frozenset("sin cos tan log ln exp sqrt pi frac cdot times".split())
+FUNCTIONS = {"sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi"}
 
 
 def final_answer(text: str) -> str | None:
@@ -167,12 +167,14 @@ def _tight(text: str) -> str:
 
 def _is_formula(answer: str) -> bool:
     """Not a word, a list of words or a time: something that has several right spellings."""
-    return bool(re.search(r"[a-zA-Z\\]", answer) and re.search(r"[\\^=+*/()0-9-]", answer)) and _words(answer) <= FUNCTIONS
+    signs = r"[a-zA-Z\\]", r"[\\^=+*/()0-9-]"
+    return all(re.search(sign, answer) for sign in signs) and _words(answer) <= FUNCTIONS
 
 
 def _could_be(answer: str, given: str) -> bool:
-    """Of one piece, as the reference is: math-verify takes what it likes from a list, a sentence, or several lines."""
-    counts = [[text.count(sign) for sign in ",;=\n"] for text in (answer, given)]
+    """Of one piece, as the reference is, and as exact: math-verify takes what it likes from a list or a sentence, and
+    compares decimals when they are rounded."""
+    counts = [[text.count(sign) for sign in ".,;=\n"] for text in (answer, given)]
     return counts[0] == counts[1] and _words(given) <= FUNCTIONS and len(given) <= 2 * len(answer) + 80
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from twelve.errors import InputError
 
+START = "import sys; from twelve.tasks.worker import serve; serve(*sys.argv[1:])"
 START_SECONDS = 120.0  # to import what the module needs
 LATE, DIED = "did not return in time", "ended its process"
 
@@ -37,6 +38,11 @@ class Reply:
     value: Any = None
     error: str = ""
     fatal: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the process was lost with it."""
+        return self.error in (LATE, DIED)
 
 
 class Worker:
@@ -52,8 +58,8 @@ class Worker:
         self._requests = self._replies = -1
 
     def call(self, name: str, calls: Sequence[Sequence[Any]], seconds: float, patience: int = 0) -> list[Reply]:
-        """A reply for each call's arguments, in order. A call that takes longer than `seconds` is ended with its process;
-        after `patience` of these in a row, the rest is left out.
+        """A reply for each call's arguments, in order. A call that takes longer than `seconds` ends with its process;
+        after `patience` in a row that lose their process, in one way or the other, the rest is left out.
 
         InputError when the module does not start.
         """
@@ -61,7 +67,7 @@ class Worker:
             replies: list[Reply] = []
             while len(replies) < len(calls):
                 replies += self._run(name, calls[len(replies) :], seconds)
-                if patience and [reply.error for reply in replies[-patience:]] == [LATE] * patience:
+                if patience and sum(reply.lost for reply in replies[-patience:]) == patience:
                     break
             return replies
 
@@ -88,8 +94,7 @@ class Worker:
         alive, life = os.pipe()  # its end at our end, however that comes about, is the child's end
         theirs = (request_end, reply_end, alive)
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from twelve.tasks.worker import serve; serve(*sys.argv[1:])"]
-            + [*self._arguments, *map(str, theirs)],
+            [sys.executable, "-c", START, *self._arguments, *map(str, theirs)],
             stdin=subprocess.DEVNULL, pass_fds=theirs, start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )  # fmt: skip

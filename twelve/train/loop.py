@@ -153,7 +153,7 @@ class Trainer:
 
     def _revise(self, seconds_left: float, seconds_per_step: float) -> None:
         steps = self.step + max(1, round(seconds_left / seconds_per_step))
-        steps = max(self.step, min(steps, self.plan.most_steps or NO_END))
+        steps = min(steps, self.plan.most_steps or NO_END)
         self.plan.revisions.append((self.step, steps))
         self.plan.save(self.folder)  # before the next step, which already follows it
 

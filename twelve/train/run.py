@@ -75,9 +75,11 @@ def run(
         _print_plan(trainer, prepared, minutes, resumed)
         seconds_left = None
         if minutes is not None and (trainer.timed or not resumed):
+            reserve = _reserve(trainer)
+
             # earlier seconds count where steps are not planned: a resume has the rest of the minutes
             def seconds_left() -> float:
-                return 60 * minutes - trainer.earlier - (time.monotonic() - started) - _reserve(trainer)
+                return 60 * minutes - trainer.earlier - (time.monotonic() - started) - reserve - trainer.closing
 
         try:
             trainer.run(seconds_left, quiet)
@@ -107,7 +109,7 @@ def _fix_length(
             trainer.train_step()
             done += 1
         seconds_per_step = (time.monotonic() - began) / done
-        left = 60 * minutes - (time.monotonic() - started) - _reserve(trainer)
+        left = 60 * minutes - (time.monotonic() - started) - _reserve(trainer) - trainer.closing
         steps = min(max(1, round(left / seconds_per_step)), plan.most_steps or NO_END)
         if left < 10 * seconds_per_step:
             raise InputError(
@@ -123,8 +125,10 @@ def _fix_length(
 
 
 def _reserve(trainer: Trainer) -> float:
-    """Seconds to keep for the last checkpoint, the model folder and the report, and what the stage does at its end."""
-    return 2.0 + 16 * sum(p.numel() for p in trainer.model.parameters()) / SAVE_BYTES_PER_SECOND + trainer.closing
+    """Seconds to keep for the last checkpoint, the model folder and the report."""
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    written = 12 * trained + 4 * _sizes(trainer.plan)["parameters"]  # frozen ones stand in no checkpoint
+    return 2.0 + written / SAVE_BYTES_PER_SECOND
 
 
 def _print_plan(trainer: Trainer, prepared: Prepared, minutes: float | None, resumed: bool) -> None:
