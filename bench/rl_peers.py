@@ -22,7 +22,7 @@ besides. tiny and small: a Llama of random weights from a seed, trained whole. s
 adapters of rank 16 on all seven projections, on both sides. TRL's settings are the fastest of `--trial`.
 
 Checked in every turn: answers, their tokens, prompts' token ids, optimiser steps, and that every group taught
-something; shown: the first step's entropy, which differs only by what was drawn if the policies are the same.
+something. The mean entropy of a token is shown: for the same policy it differs only by what was drawn.
 
 The share of the peak counts what the step must compute, the same for both: each prompt once for sampling and once for
 learning, though it may be computed for each of its answers, forward, and twice that for the backward pass (once where
@@ -48,6 +48,7 @@ from pathlib import Path
 from peers import busy_seconds, cpu_seconds, processor
 
 GROUP, TOKENS, LEVEL, SEED = 8, 64, 3, 0
+TRIED = 2  # measured steps of a setting in a trial
 SETS = 16  # steps after which the prompts come round again
 RANK, ALPHA = 16, 32
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -60,7 +61,7 @@ SIZES = {
     "smollm2": {"prompts": 6, "lora": RANK, "steps": 1},
 }
 # of GRPOConfig, but for `rows`: answers a forward pass when learning, 0 for all of them at once; `threads`: fewer;
-# `sdpa`: False for transformers' plain attention
+# `sdpa`: False for transformers' plain attention; `dtype`: of the weights; `env`: of the process
 SETTINGS: dict[str, dict] = {
     "all rows at once": {},
     "96 rows": {"rows": 96},
@@ -70,13 +71,17 @@ SETTINGS: dict[str, dict] = {
     "48 rows, bf16": {"rows": 48, "bf16": True},
     "48 rows, weights in bf16": {"rows": 48, "bf16": True, "dtype": "bfloat16"},
     "48 rows, static cache": {"rows": 48, "cache_implementation": "static"},
+    "8 rows, static cache": {"rows": 8, "cache_implementation": "static"},
+    "48 rows, static cache, huge pages": {
+        "rows": 48, "cache_implementation": "static", "env": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    },
     "48 rows, plain attention": {"rows": 48, "sdpa": False},
     "48 rows, compiled": {"rows": 48, "torch_compile": True},
     "48 rows, continuous batching": {"rows": 48, "use_transformers_continuous_batching": True},
     "48 rows, gradient checkpointing": {"rows": 48, "gradient_checkpointing": True},
     "48 rows, one thread": {"rows": 48, "threads": 1},
-}
-CHOSEN = {"tiny": "48 rows", "small": "48 rows", "smollm2": "8 rows"}
+}  # fmt: skip
+CHOSEN = {"tiny": "48 rows, static cache", "small": "48 rows, static cache", "smollm2": "8 rows, static cache"}
 
 
 def main() -> None:
@@ -147,7 +152,7 @@ def check(side: Side, turn: dict, checked: list[dict]) -> None:
     if not any(each["side"] == side.name for each in checked):
         first = turn["steps"][0]
         print(f"{job['size']:8} {side.name:7} {first['rollouts']} answers, {first['tokens']:,} tokens, prompts "
-              f"{first['prompts']}, {first['updates']} update, entropy {first['entropy']:.4f}")  # fmt: skip
+              f"{first['prompts']}, {first['updates']} update")  # fmt: skip
 
 
 def report(result: dict) -> list[dict]:
@@ -156,8 +161,8 @@ def report(result: dict) -> list[dict]:
     shown = ", ".join(f"{one:.0f}" for one in result["peak_gflops"])
     print(f"\npeak {best:.0f} GFLOP/s (rounds: {shown})")
     print(f"{'median (slowest-fastest)':26}{'rollouts/min':>24}{'steps/min':>24}{'sampling':>10}{'learning':>10}"
-          f"{'of peak':>9}{'peak of':>10}")  # fmt: skip
-    print(f"{'':26}{'':24}{'':24}{'s':>10}{'s':>10}{'':9}{'RAM, MB':>10}")
+          f"{'of peak':>9}{'peak of':>10}{'entropy':>9}")  # fmt: skip
+    print(f"{'':26}{'':24}{'':24}{'s':>10}{'s':>10}{'':9}{'RAM, MB':>10}{'nats':>9}")
     for size, model in result["models"].items():
         print(f"{size}: {model['parameters']:,} parameters, {model['rollouts']} answers a step, prompts of "
               f"{model['prompt_tokens']:.0f} tokens; TRL: {result['settings'][size]['name']}")  # fmt: skip
@@ -171,12 +176,13 @@ def report(result: dict) -> list[dict]:
                 "step_seconds": statistics.median(whole),
                 "share_of_peak": model["flops"] / statistics.median(whole) / 1e9 / best,
                 "peak_memory": max(turn["memory"] for turn in turns),
+                "entropy": statistics.mean(step["entropy"] for turn in turns for step in turn["steps"]),
             }  # fmt: skip
             rows.append(row)
             cells = "".join(f"{_spread(row[key]):>24}" for key in ("rollouts_a_minute", "steps_a_minute"))
             learning = row["step_seconds"] - row["sampling_seconds"]
             print(f"  {side:24}{cells}{row['sampling_seconds']:10.2f}{learning:10.2f}{row['share_of_peak']:9.1%}"
-                  f"{row['peak_memory'] / 1e6:10,.0f}")  # fmt: skip
+                  f"{row['peak_memory'] / 1e6:10,.0f}{row['entropy']:9.3f}")  # fmt: skip
         ours, theirs = rows[-2:]
         ratios = [statistics.median(ours[key]) / statistics.median(theirs[key])
                   for key in ("rollouts_a_minute", "steps_a_minute")]  # fmt: skip
@@ -190,12 +196,12 @@ def report(result: dict) -> list[dict]:
 
 def trial(options: argparse.Namespace, job: dict) -> None:
     """Every setting of TRL in a process of its own: one unmeasured step, then the measured ones."""
-    print(f"{job['size']}, {options.threads} threads: rollouts and steps a minute, {options.steps} steps")
+    print(f"{job['size']}, {options.threads} threads: rollouts and steps a minute, {TRIED} steps")
     for name in SETTINGS:
         side = None
         try:
             side = Side("TRL", options.trl, job | {"settings": settings(name)})
-            steps = side.turn(1 + options.steps)["steps"][1:]
+            steps = side.turn(1 + TRIED)["steps"][1:]
         except (OSError, RuntimeError) as error:
             print(f"{name:34}does not work: {error}")
             continue
@@ -322,10 +328,12 @@ class Side:
         self.name, self.job = name, job
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`; a pipe would fill up)
         root = str(Path(__file__).resolve().parents[1])
-        threads = str(job["settings"].get("threads", job["threads"]) if name == "TRL" else job["threads"])
+        chosen = job["settings"] if name == "TRL" else {}
+        threads = str(chosen.get("threads", job["threads"]))
+        more = {"PYTHONPATH": root, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [python, __file__, "--side", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"},
+            text=True, env=os.environ | more | chosen.get("env", {}),
         )  # fmt: skip
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
@@ -470,7 +478,7 @@ def theirs(job: dict, channel: Channel) -> None:
 
     from twelve.train.precision import keep_freed_memory  # for both sides alike
 
-    chosen = {key: value for key, value in job["settings"].items() if key not in ("name", "threads")}
+    chosen = {key: value for key, value in job["settings"].items() if key not in ("name", "threads", "env")}
     rows = chosen.pop("rows", 0) or job["rollouts"]
     plain = not chosen.pop("sdpa", True)
     dtype = chosen.pop("dtype", "float32")

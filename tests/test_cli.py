@@ -13,7 +13,9 @@ import pytest
 from twelve import cli
 from twelve.errors import InputError
 
-VERBS = ["demo", "tokenize", "pretrain", "sft", "eval", "chat", "generate", "serve", "convert", "quantize"]
+VERBS = [
+    "demo", "tokenize", "pretrain", "sft", "rl", "distill", "eval", "chat", "generate", "serve", "convert", "quantize",
+]  # fmt: skip
 
 
 def run(*arguments, **settings):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from twelve import cli
+from twelve import cli, tasks
 from twelve.convert import load
 from twelve.data.tokenizer import Tokenizer
 
@@ -64,9 +64,8 @@ def test_eval_measures_text_and_tasks(room):
     result = run(room, "eval", "chatty", "--text", "text.jsonl", "--limit", "5", "--task", "all", "--problems", "2")
     [text] = result["text"]
     assert text["documents"] == 5 and 0 < text["bits_per_byte"] < 16
-    assert [(row["task"], row["language"]) for row in result["tasks"]] == [
-        ("arithmetic", "en"), ("arithmetic", "ko"), ("word_problems", "en"), ("word_problems", "ko"),
-    ]  # fmt: skip
+    asked = [(row["task"], row["language"]) for row in result["tasks"]]
+    assert asked == [(name, language) for name in tasks.names() for language in ("en", "ko")]
     assert all(row["asked"] == 2 and "standard_error" in row for row in result["tasks"])
 
 

@@ -193,12 +193,11 @@ TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "de
 REINFORCEMENT = {
     "level", "language", "minutes", "steps", "seed", "prompts", "group", "max_tokens", "temperature", "learning_rate",
     "lora", "memory", "curriculum", "problems", "updates", "method", "loss", "normalise", "kl", "off_policy",
-    "format_reward", "language_reward", "length_penalty", "device",
+    "mask_overlong", "format_reward", "language_reward", "length_penalty", "device",
 }  # fmt: skip
 RECIPE = {"recipe", "cold_start", "mix", "judge", "judge_model", "judge_prompts"}
 DISTILLATION = {
-    "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "samples", "max_tokens",
-    "lora",
+    "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "max_tokens", "lora",
 }  # fmt: skip
 SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
@@ -287,6 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="of rewards: std (R1), mean (Dr. GRPO)")  # fmt: skip
     made.add_argument("--kl", type=not_negative, help="factor of the divergence from MODEL (default: 0)")
     made.add_argument("--off-policy", type=positive_float, help="drift that masks worse answers (default: no mask)")
+    made.add_argument("--mask-overlong", action="store_true", default=None, help="answers cut off teach nothing")
     _computing(made)
 
     made = verb(distill, "distill", "TEACHER...", "Pass on what a model can do to smaller ones. Resumes, too.")
@@ -305,8 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="of one of them")  # fmt: skip
     made.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
     made.add_argument("--traces", type=positive, help="right answers to learn from (default: 1000)")
-    made.add_argument("--samples", type=positive, help="answers of the teacher to a problem (default: 4)")
-    made.add_argument("--max-tokens", type=positive, help="of an answer (default: 256)")
+    made.add_argument("--max-tokens", type=positive, help="of an answer (default: the task's, or 256)")
     made.add_argument("--lora", type=positive, metavar="RANK", help="train adapters only")
     _training(made)
     _computing(made)

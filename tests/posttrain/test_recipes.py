@@ -1,9 +1,8 @@
 """Recipes: stages that are folders, time that is divided, resume after SIGKILL in each stage, bad input in one line."""
 
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,18 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from twelve import cli, convert
+from twelve import cli, convert, tasks
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import prompt_ids
 from twelve.files import read_json, sha256
 from twelve.posttrain import judge as judging
-from twelve.posttrain import recipes, teacher
+from twelve.posttrain import recipes, teacher, traces
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.recipes import RECIPES, follow
+from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.stages import Progress
 from twelve.tasks import Problem
+from twelve.train import loop
 from twelve.train.plan import Plan
 from twelve.train.pretrain import pretrain
+from twelve.train.sft import sft
 
 TASK = '''"""Ships: twelve are left, every day."""
 LEVELS = (1, 2)
@@ -36,6 +38,13 @@ def generate(seed, level, language):
     return {"question": question, "answer": 12, "steps": f"{day}: " + {"en": "ships ", "ko": "배 "}[language] * level}
 '''
 SHORT = {"steps": 8, "problems": 4, "max_tokens": 32, "prompts": 2, "group": 4, "traces": 8, "quiet": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fewer_worked_solutions():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "WORKED", 300)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +112,15 @@ def test_each_stage_begins_where_r1s_does(finished, room):
 
 def test_what_is_taught_is_right_easy_and_in_both_languages(finished):
     _, out = finished
-    for stage, levels in (("1-cold-start", {1}), ("3-rejection", {1, 2})):
+    for stage in ("1-cold-start", "3-rejection"):
         rows = rows_of(out / stage / "training" / "traces.jsonl")
         assert all(row["messages"][0] == {"role": "system", "content": "Count."} for row in rows)
         assert all(row["messages"][-1]["content"].endswith("<answer>12</answer>") for row in rows)
         assert {"일" in row["messages"][1]["content"] for row in rows} == {True, False}
-        assert {row["messages"][-1]["content"].count("ships ") for row in rows} - {0} <= levels
+        if stage == "1-cold-start":  # of the easier level only, one word of reasoning
+            assert {len(row["messages"][-1]["content"].split()) for row in rows} == {3}
     assert len(rows) == 8 and {row["language"] for row in rows} == {"en", "ko"}
+    assert {row["level"] for row in rows} == {1, 2}
 
 
 def test_given_conversations_and_more_of_them_are_used(room, tmp_path):
@@ -124,6 +135,8 @@ def test_r1_zero_asks_a_model_without_a_template_in_plain_words(room, tmp_path):
     network, tokenizer = convert.load(room.model)
     tokenizer.chat_template = None
     convert.save(network, tokenizer, tmp_path / "base")
+    said = tmp_path / "base" / "tokenizer_config.json"
+    said.write_text(json.dumps({name: value for name, value in read_json(said).items() if name != "chat_template"}))
     prompt = tokenizer.decode(prompt_ids(tokenizer, Problem(room.task[0], "en", 1, "How many?", "", 12)))
     assert "inside <think> </think>" in prompt and prompt.endswith("User: How many?\nAssistant: ")
     result = follow(tmp_path / "base", tmp_path / "zero", room.task, "r1-zero", **{**SHORT, "steps": 2})
@@ -157,43 +170,47 @@ def test_minutes_are_divided_and_what_is_left_goes_on(tmp_path):
     assert made._allot(2)["minutes"] == 0
 
 
+def test_minutes_do_not_read_few_conversations_too_often(room, tmp_path):
+    talk = str(room.path / "talk.jsonl")
+    once = sft(room.model, [talk], tmp_path / "one", minutes=0.5, epochs=1, quiet=True)
+    twice = sft(room.model, [talk], tmp_path / "two", minutes=0.5, epochs=2, quiet=True)
+    assert twice["steps"] in (2 * once["steps"] - 1, 2 * once["steps"]) and twice["seconds"] < 20
+
+
 # --- killed -----------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import sys, time, torch
-torch.set_num_threads(1)
-from twelve.posttrain import traces
-from twelve.posttrain.recipes import follow
-from twelve.posttrain.reinforcement import Reinforcement
-from twelve.train import loop
-loop.SAVE_EVERY, loop.SAVE_SHARE = 0.0, 1e9
 def slowly(function, seconds):
     return lambda *given: (time.sleep(seconds), function(*given))[1]
-loop.Supervised.train_step = slowly(loop.Supervised.train_step, 0.1)
-Reinforcement.train_step = slowly(Reinforcement.train_step, 0.1)
-traces._accepted = slowly(traces._accepted, 0.02)
-follow(sys.argv[1], sys.argv[2], [sys.argv[3]], "r1", **eval(sys.argv[4]))
-"""
+
+
+def work(room, out, options):
+    """In a process that is to be killed: checkpoints after every step, and time between them."""
+    loop.SAVE_EVERY, loop.SAVE_SHARE = 0.0, 1e9
+    for kind in (loop.Supervised, Reinforcement):
+        kind.train_step = slowly(kind.train_step, 0.1)
+    traces._accepted = slowly(traces._accepted, 0.02)
+    follow(room.model, out, room.task, "r1", **options)
 
 
 def test_killed_in_every_stage_it_goes_on(room, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, room.model, str(out), room.task[0], repr({**SHORT, "steps": 20})]
+    out, options = tmp_path / "out", {**SHORT, "steps": 20}
+    tasks._adapter.cache_clear()  # a child must not talk to the task of its parent
     moments = ["1-cold-start/training/metrics.jsonl", "2-reasoning/training/metrics.jsonl",
                "3-rejection/training/sampled.jsonl", "3-rejection/training/metrics.jsonl",
                "4-all/training/metrics.jsonl"]  # fmt: skip
     for moment in moments:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = multiprocessing.get_context("fork").Process(target=work, args=(room, out, options))
+        process.start()
         deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if (out / moment).exists() and (out / moment).stat().st_size:
                 break
             time.sleep(0.01)
         process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors.decode()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
         assert not (out / "config.json").exists()  # no model before there is one
-    result = follow(room.model, out, room.task, "r1", **{**SHORT, "steps": 20})
+    result = follow(room.model, out, room.task, "r1", **options)
     assert [row.get("steps") for row in result["stages"]] == [None, 4, 7, 4, 5]
     for stage, steps in zip(RECIPES["r1"], (4, 7, 4, 5), strict=True):
         rows = rows_of(out / stage.name / "training" / "metrics.jsonl")
@@ -201,9 +218,7 @@ def test_killed_in_every_stage_it_goes_on(room, tmp_path):
     assert sha256(out / "model.safetensors") == sha256(out / "4-all" / "model.safetensors")
 
 
-def test_killed_before_it_was_measured_or_published(finished, room, tmp_path, monkeypatch):
-    _, out = finished
-
+def test_killed_before_it_was_measured_or_published(room, tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
@@ -256,6 +271,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(room, tmp_path, monkeypatch, o
 def test_parts_of_a_recipe_without_one(capsys):
     assert cli.main(["rl", "model", "--task", "arithmetic", "--mix", "a.jsonl"]) == 2
     assert "--mix belongs to a recipe: add --recipe r1" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_is_refused(finished, room):
+    _, out = finished
+    with pytest.raises(InputError, match="1-cold-start holds a run without a recipe"):
+        follow(room.model, out / "1-cold-start", room.task, "r1", **SHORT)
 
 
 def test_other_options_are_refused_but_more_minutes_are_not(tmp_path):
@@ -318,7 +339,6 @@ def endpoint(monkeypatch):
 )  # fmt: skip
 def test_only_a_whole_number_from_0_to_10_is_a_score(endpoint, reply, value):
     judge = judging.Judge(teacher.Endpoint(endpoint.url, "m"), [])
-    endpoint.script = lambda number: reply if number == 1 else "4"
     endpoint.script = lambda number: reply
     texts = ["<think>why not</think><answer>yes</answer>", "<think>only this</think>"]
     if value is None:
@@ -343,7 +363,8 @@ def test_a_judge_comes_last_and_what_was_learnt_survives_it(endpoint, room, tmp_
     endpoint.script = lambda number: str(number % 11) if number <= 6 else 500
     with pytest.raises(InputError, match=r"does not answer: 500.*; step \d is saved: run the same command again"):
         follow(room.model, out, room.task, **asked)
-    assert (out / "4-all" / "config.json").exists() and (out / "5-judge" / "training" / "checkpoint.safetensors").exists()
+    convert.load(out / "4-all")
+    assert (out / "5-judge" / "training" / "checkpoint.safetensors").exists()
     assert endpoint.seen[0].count("What is 2 + 2?") == 1 and len(endpoint.seen) >= 6  # asked before training, once
     endpoint.script = lambda number: str(number % 11)
     result = follow(room.model, out, room.task, **asked)

@@ -16,8 +16,9 @@ def test_reasoning_and_then_an_answer_are_well_formed(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "<answer>2</answer>", "<think>1+1=2</think>", "<think>1+1=2</think>2", "<think></think><answer>2</answer>",
-     "<think> \n</think><answer>2</answer>", "<think>1+1=2</think><answer> </answer>", f"so {GOOD}", f"{GOOD} bye",
+    ["", "2", "<answer>2</answer>", "<think>1+1=2</think>", "<think>1+1=2</think>2",
+     "<think></think><answer>2</answer>", "<think> \n</think><answer>2</answer>",
+     "<think>1+1=2</think><answer> </answer>", f"so {GOOD}", f"{GOOD} bye",
      GOOD + GOOD, "<think>1<think>1</think></think><answer>2</answer>", "<think>1</think><answer>2<answer></answer>",
      "<answer>2</answer><think>1</think>", "<think>1</think> so <answer>2</answer>", "<think>1</think><answer>2",
      "<THINK>1</THINK><answer>2</answer>", "<think>1<answer>2</answer></think>"],
@@ -52,7 +53,8 @@ def test_the_share_of_a_language(reasoning, korean, english):
 
 
 def test_without_reasoning_all_of_the_text_counts_and_tags_never_do():
-    assert language_share("<answer>열두 척</answer>", "ko") == 1 and language_share("<answer>열두 척</answer>", "en") == 0
+    assert language_share("<answer>열두 척</answer>", "ko") == 1
+    assert language_share("<answer>열두 척</answer>", "en") == 0
     assert language_share("<think>열두 척 <answer>12", "ko") == 1  # cut off within
     assert language_share("음 <think>열두</think><answer>12</answer>", "ko") == 1
     assert language_share("", "ko") == language_share("<think></think>", "en") == 1

@@ -324,7 +324,7 @@ def test_code_passes_its_tests_and_needs_every_line(level):
         lines = problem.answer.split("\n")
         assert len(lines) == level + 2
         for left_out in range(len(lines) - 1):
-            source = "\n".join(lines[: left_out] + lines[left_out + 1 :]) if left_out else problem.answer
+            source = "\n".join(lines[:left_out] + lines[left_out + 1 :]) if left_out else problem.answer
             found = {}
             exec(source, found)
             try:
@@ -391,8 +391,8 @@ def test_particles_fit_what_they_follow():
     ("word", "final"),
     [
         ("3kg", "ㅁ"), ("3 kg", "ㅁ"), ("2cm", ""), ("2m", ""), ("7km", ""), ("5g", "ㅁ"), ("5t", "ㄴ"), ("1L", ""),
-        ("9mL", ""), ("m", "ㅁ"), ("n", "ㄴ"), ("x", ""), ("L", "ㄹ"), ("R", "ㄹ"), ("HH:MM", "ㅁ"), ("YYYY-MM-DD", ""), ("Tom", ""),
-        ("kg", "ㅁ"), ("-3", "ㅁ"), ("2.5", ""), ("3.0kg", "ㅁ"),
+        ("9mL", ""), ("m", "ㅁ"), ("n", "ㄴ"), ("x", ""), ("L", "ㄹ"), ("R", "ㄹ"), ("HH:MM", "ㅁ"), ("YYYY-MM-DD", ""),
+        ("Tom", ""), ("kg", "ㅁ"), ("-3", "ㅁ"), ("2.5", ""), ("3.0kg", "ㅁ"),
     ],
 )  # fmt: skip
 def test_letters_and_units_as_they_are_read(word, final):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twelve import convert, report
+from twelve import convert, report, tasks
 from twelve.errors import InputError
 from twelve.files import FolderLock, read_json, write_json
 from twelve.posttrain.curriculum import Cell
@@ -23,6 +23,7 @@ from twelve.train.sft import sft
 
 HOW = ("traces", "logits", "on-policy")
 MINUTES = 10.0  # where neither minutes nor steps are given
+MAX_TOKENS = 256  # of an answer, where the task does not say
 SAMPLING = 0.5  # of a timed stage's minutes, for the teacher's answers
 FRESH = {"muon": True, "learning_rate": 4e-3}  # as pretraining: a model that knows nothing learns in large steps
 
@@ -42,7 +43,7 @@ def distill(
     layers: Sequence[int] | None = None, width: int | None = None, experts: int | None = None,
     task: Sequence[str] = ("arithmetic",), level: Sequence[int] | None = None, language: Sequence[str] | None = None,
     teacher_for: Mapping[str, str] | None = None, key_env: str | None = None, traces: int = 1000, samples: int = 4,
-    select_how: str = "best", max_tokens: int = 256, minutes: float | None = None, steps: int | None = None,
+    select_how: str = "best", max_tokens: int | None = None, minutes: float | None = None, steps: int | None = None,
     seed: int = 0, batch: int | None = None, context: int | None = None, learning_rate: float | None = None,
     lora: int | None = None, device: str | None = None, started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
@@ -60,6 +61,8 @@ def distill(
     if minutes is None and steps is None:
         minutes = MINUTES
     cells = cells_of(task, level, language)
+    if max_tokens is None:
+        max_tokens = max(getattr(tasks.get(name), "MAX_TOKENS", MAX_TOKENS) for name in task)
     options = {
         "teachers": [*map(str, teachers)], "how": how, "student": student and str(student),
         "layers": layers and list(layers), "width": width, "experts": experts,
@@ -89,8 +92,10 @@ def distill(
             ("Stages", [report.table(done)]), ("Run", [report.facts({k: str(v) for k, v in asked.items()})]),
         ])  # fmt: skip
     for number, row in enumerate(done, start=1):
-        print(f"stage {number}   " + ", ".join(f"{name} {value}" for name, value in row.items()))
-    following = f"twelve eval {done[-1]['model']} --task {' '.join(map(str, task))}"
+        said = (f"{name.replace('_', ' ')} {value}" for name, value in row.items() if name not in ("model", "student"))
+        print(f"stage {number}   {row['model']}: {row['student']}; {', '.join(said)}")
+    levels = sorted({cell.level for cell in cells})
+    following = f"twelve eval {done[-1]['model']} --task {' '.join(task)} --level {' '.join(map(str, levels))}"
     return {
         "model": done[-1]["model"], "stages": done, "report": str(page),
         "seconds": round(time.monotonic() - began, 1), "next": following,
@@ -177,7 +182,9 @@ def _run(
     row = {"model": str(folder), "student": words, "how": how}
     plan = Plan.load(folder)
     if plan is not None and plan.complete:  # killed after its last file, before its line was written
-        return row
+        last = report.read_metrics(folder / "training" / "metrics.jsonl")[-1]
+        names = {"steps": "step", "tokens": "tokens", "loss": "loss", "training_seconds": "seconds"}
+        return row | {name: last[key] for name, key in names.items()}
     if how == "on-policy":
         figures = on_policy(student, stage.teachers, folder, cells, max_tokens=options["max_tokens"], **training)
     else:

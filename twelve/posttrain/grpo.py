@@ -36,7 +36,9 @@ class Objective:
     clip_high: float = 0.28  # higher, so that unlikely tokens can still gain (DAPO)
     kl: float = 0.0  # factor of the divergence from the reference; R1 0.001
     kl_form: str = "unbiased"  # V3.2's ratio-corrected k3; k3: DeepSeekMath's, whose gradient is biased
-    mask_overlong: bool = True  # an answer cut off by its limit teaches nothing: nobody knows how it would have ended
+    # an answer cut off by its limit teaches nothing (DAPO): for limits that are a matter of cost, as in long reasoning;
+    # a short limit is a part of the task, and a cut answer a wrong one
+    mask_overlong: bool = False
     off_policy: float | None = None  # V3.2's delta, nats a token: bad answers that the policy has left do not count
 
     def __post_init__(self) -> None:
@@ -48,11 +50,12 @@ class Objective:
 
 def advantages(rewards: Tensor, normalise: str = "std") -> Tensor:
     """rewards [P, G] -> advantages [P, G]: exactly zero in a group whose rewards are equal."""
+    kind, rewards = rewards.dtype, rewards.double()
     centred = rewards - rewards.mean(1, keepdim=True)
     if normalise == "std":
         centred = centred / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
     equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return centred.masked_fill(equal, 0.0)  # the mean of equal numbers may be rounded
+    return centred.masked_fill(equal, 0.0).to(kind)  # the mean of equal numbers may be rounded
 
 
 def answer_weights(lengths: Tensor, counted: Tensor, loss: str, max_tokens: int) -> Tensor:

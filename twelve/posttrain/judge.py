@@ -62,12 +62,11 @@ class Judge:
         """
         said = [TAGS.sub(" ", split_reasoning(text)[1]).strip() for text in texts]
         scores, asked = [0.0] * len(texts), [index for index, answer in enumerate(said) if answer]
-        problems = [
-            Problem("judge", "en", 1, ASK.format(question=questions[index], answer=said[index]), "", "")
-            for index in asked
+        conversations = [
+            [{"role": "user", "content": ASK.format(question=questions[index], answer=said[index])}] for index in asked
         ]
         strange = []
-        for number, [reply] in self.endpoint.answers(problems, 1, REPLY, 0.0, 0):
+        for number, [reply] in self.endpoint.replies(conversations, 1, REPLY, 0.0, [0] * len(asked)):
             words = split_reasoning(reply.text)[1].strip()
             if SCORE.fullmatch(words):
                 scores[asked[number]] = int(words) / 10

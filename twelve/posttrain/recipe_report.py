@@ -13,6 +13,7 @@ from typing import Any
 from twelve import __version__, convert, report, tasks
 from twelve.engine import Engine
 from twelve.errors import InputError
+from twelve.evaluate.accuracy import GROUP
 from twelve.files import atomic_write
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.reinforcement import pooled, score
@@ -36,7 +37,9 @@ def measure(
         for cell in cells
         for problem in islice(tasks.problems(cell.task, "test", 0, [cell.level], [cell.language]), each)
     ]
-    groups = sample(engine, tokenizer, asked, 1, max_tokens, temperature=0.0, seed=0)
+    groups = []
+    for start in range(0, len(asked), GROUP):
+        groups += sample(engine, tokenizer, asked[start : start + GROUP], 1, max_tokens, temperature=0.0, seed=0)
     score(groups, Rewards(), max_tokens)
     rows = []
     for task in dict.fromkeys(cell.task for cell in cells):

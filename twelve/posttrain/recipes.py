@@ -102,6 +102,8 @@ def follow(
     for path in [*([cold_start] if cold_start else []), *mix]:
         _check_conversations(path)
     with FolderLock(folder):
+        if Plan.load(folder) is not None:
+            raise InputError(f"{folder} holds a run without a recipe: name another folder with --out")
         progress = Progress(folder / "recipe.json", options, free=("minutes",))
         if (folder / "config.json").exists():
             known = f"is complete: `twelve chat {folder}`, or" if progress.stages else "holds a model already:"

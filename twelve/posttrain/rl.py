@@ -35,8 +35,8 @@ def rl(
     prompts: int = 16, group: int = 8, max_tokens: int | None = None, temperature: float = 1.0,
     learning_rate: float | None = None, lora: int | None = None, memory: int | None = None,
     curriculum: str = HOW[0], problems: int = 200, updates: int = 1, method: str = "grpo", loss: str = "token",
-    normalise: str = "std", kl: float = 0.0, off_policy: float | None = None, format_reward: float = 0.0,
-    language_reward: float = 0.0, length_penalty: float = 0.0, device: str | None = None,
+    mask_overlong: bool = False, normalise: str = "std", kl: float = 0.0, off_policy: float | None = None,
+    format_reward: float = 0.0, language_reward: float = 0.0, length_penalty: float = 0.0, device: str | None = None,
     started: float | None = None, quiet: bool = False, judge: Judge | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Improve a model (a folder, a .gguf file, a package's name) on checkable tasks by GRPO; the same call resumes.
@@ -59,7 +59,9 @@ def rl(
         max_tokens = max(getattr(tasks.get(name), "MAX_TOKENS", MAX_TOKENS) for name in task)
     if group < 2:
         raise InputError("a group of one answer has nothing to compare: ask for --group 2 or more")
-    objective = Objective(method=method, loss=loss, normalise=normalise, kl=kl, off_policy=off_policy)
+    objective = Objective(
+        method=method, loss=loss, normalise=normalise, kl=kl, mask_overlong=mask_overlong, off_policy=off_policy
+    )  # fmt: skip
     rewards = Rewards(format=format_reward, language=language_reward, length=length_penalty)
     config = convert.load_config(source)
     if lora is None:
@@ -70,8 +72,8 @@ def rl(
         "language": language and list(language), "minutes": minutes, "steps": steps, "seed": seed, "prompts": prompts,
         "group": group, "max_tokens": max_tokens, "temperature": temperature, "learning_rate": learning_rate,
         "lora": lora, "memory": memory, "curriculum": curriculum, "problems": problems, "updates": updates,
-        "method": method, "loss": loss, "normalise": normalise, "kl": kl, "off_policy": off_policy,
-        "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty,
+        "method": method, "mask_overlong": mask_overlong, "loss": loss, "normalise": normalise, "kl": kl,
+        "off_policy": off_policy, "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty,
         "device": device,
     }  # fmt: skip
     options |= judge.options if judge else {}
@@ -111,6 +113,8 @@ def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequenc
         for each in level or getattr(tasks.get(name), "LEVELS", (1,))
         for code in language or getattr(tasks.get(name), "LANGUAGES", tasks.LANGUAGES)
     ]
+    for name in task:
+        tasks.check(name)
     for cell in cells:
         next(tasks.problems(cell.task, "train", 0, [cell.level], [cell.language]))
     return cells

@@ -59,7 +59,7 @@ class LocalTeacher:
     def answers(
         self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Answer]]]:
-        """`n` answers to each problem, with its place, as they are there. A problem's seed gives the same ones again."""
+        """`n` answers to each problem, with its place, as they come. A problem's seed gives the same ones again."""
         requests = [
             Request(prompt_ids(self.tokenizer, problem), max_tokens, temperature, seed=sub_seed(seed, one))
             for problem, seed in zip(problems, seeds, strict=True)
@@ -103,19 +103,25 @@ class Endpoint:
         self, problems: Sequence[Problem], n: int, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> Iterator[tuple[int, list[Answer]]]:
         """As LocalTeacher's. EndpointError when it stops answering, once all that did arrive was given out."""
+        return self.replies([asked(problem) for problem in problems], n, max_tokens, temperature, seeds)
 
+    def replies(
+        self, conversations: Sequence[list[dict[str, Any]]], n: int, max_tokens: int, temperature: float,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, list[Answer]]]:  # fmt: skip
+        """As `answers`, to conversations."""
         stopped = threading.Event()
 
-        def ask(problem: Problem, seed: int, one: int) -> Answer | None:
+        def ask(messages: list[dict[str, Any]], seed: int, one: int) -> Answer | None:
             return None if stopped.is_set() else self._answer({
-                "model": self.model, "messages": asked(problem),
+                "model": self.model, "messages": messages,
                 "max_tokens": max_tokens, "temperature": temperature, "seed": Random(f"{seed} {one}").getrandbits(31),
             })  # fmt: skip
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             pending = {
-                pool.submit(ask, problem, seed, one): index
-                for index, (problem, seed) in enumerate(zip(problems, seeds, strict=True))
+                pool.submit(ask, messages, seed, one): index
+                for index, (messages, seed) in enumerate(zip(conversations, seeds, strict=True))
                 for one in range(n)
             }
             arrived: dict[int, list[Answer]] = {}

@@ -23,7 +23,7 @@ def generate(seed: int, level: int, language: str) -> Problem:
     draw = Random(f"equations {seed} {level}")
     equations, steps, answer = _two_unknowns(draw) if level == LARGEST_LEVEL else _one_unknown(draw, level)
     asked = "x + y" if level == LARGEST_LEVEL else "x"
-    steps.append(f"{asked.replace(' ', '')}={answer}")
+    steps = list(dict.fromkeys([*steps, f"{asked.replace(' ', '')}={answer}"]))  # a step by 0 or 1 says nothing new
     if language == "ko":
         question = f"{', '.join(equations)}일 때 {asked}의 값은?"
     else:

@@ -1,6 +1,7 @@
 """Any generator of reasoning-gym (an extra), as its worker process sees it: `gym:NAME`. One level, its defaults.
 
-It runs in a worker because some of its scorers evaluate what the model wrote.
+It runs in a worker because some of its scorers evaluate what the model wrote. Only a full score counts: many of them
+give half a point or more to a text that merely holds the answer, 5005 for 500.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def functions(name: str) -> dict[str, Callable]:
         return dataset, dataset[0]
 
     def about() -> dict[str, Any]:
-        return {"levels": [1], "languages": ["en"], "system": None, "max_tokens": None, "scores": True}
+        return {"levels": [1], "languages": ["en"], "system": None, "examples": [], "max_tokens": None, "scores": True}
 
     def generate(seed: int, level: int, language: str) -> dict[str, Any]:
         seed %= 2**31 - 1  # numpy, which some use, takes 32 bits
@@ -46,6 +47,6 @@ def functions(name: str) -> dict[str, Callable]:
 
         answer = final_answer(text)
         dataset, made = entry(problem["data"]["seed"])
-        return 0.0 if answer is None else float(dataset.score_answer(answer, made))
+        return float(answer is not None and dataset.score_answer(answer, made) >= 1)
 
     return {"about": about, "generate": generate, "score": score}

@@ -19,8 +19,8 @@ LETTERS = {"l": "엘", "m": "엠", "n": "엔", "r": "알"}  # the names of all o
 def final_consonant(word: str) -> str:
     """The consonant that ends the word when read aloud, "" for a vowel.
 
-    Digits are read in Sino-Korean (10 is 십), the units of UNITS in full (kg is 킬로그램), single letters and capitals by
-    their names (N is 엔); what else is not Hangul counts as a vowel.
+    Digits are read in Sino-Korean (10 is 십), the units of UNITS in full (kg is 킬로그램), single letters and capitals
+    by their names (N is 엔); what else is not Hangul counts as a vowel.
     """
     last = word[-1:]
     if last.isascii() and last.isdigit():
@@ -59,7 +59,7 @@ def _last_syllable_of_number(word: str) -> str:
 
 
 def _last_syllable_of_letters(word: str) -> str:
-    """Of the Latin letters that end the word. One letter alone is a unit only after a number: 5m is 오 미터, m is 엠."""
+    """Of the Latin letters that end the word. One letter is a unit only after a number: 5m is 오 미터, m is 엠."""
     letters = re.search("[A-Za-z]+$", word)[0]
     before = word.removesuffix(letters).rstrip()
     if letters in UNITS and (len(letters) > 1 or before[-1:].isdigit()):

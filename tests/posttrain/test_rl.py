@@ -1,0 +1,207 @@
+"""Whole runs of reinforcement learning: they learn, resume, keep their limits, and end for a reason."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import folder, llama, v3
+
+import twelve
+from twelve import tasks
+from twelve.errors import InputError
+from twelve.posttrain import health, memory, reinforcement
+from twelve.posttrain.reinforcement import Reinforcement
+from twelve.posttrain.rl import cells_of, rl
+from twelve.train.loop import Interrupted
+
+FILE = '''
+"""Write letters: the share of them is the score, which a random model can already raise."""
+MAX_TOKENS = 6
+LANGUAGES = ("en",)
+
+def generate(seed):
+    return {"question": f"Write {seed % 50}.", "answer": "letters"}
+
+def score(problem, text):
+    return min(1, 2 * sum(letter.isalpha() for letter in text) / max(6, len(text)))
+'''
+SMALL = {"prompts": 4, "group": 4, "problems": 8, "quiet": True}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "letters.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    return folder(tmp_path_factory.mktemp("base") / "v3", tokenizer, v3(tokenizer, initializer_range=0.05))
+
+
+@pytest.fixture(scope="module")
+def finished(base, task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("done") / "run"
+    return rl(base, out, [task], steps=8, seed=1, **SMALL), out
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_r1_zero_from_random_weights_learns_in_20_seconds(base, task, tmp_path):
+    """No cold start, no traces: reward alone moves a random model, here towards letters."""
+    result = rl(base, tmp_path / "run", [task], minutes=20 / 60, learning_rate=3e-3, started=time.monotonic(),
+                **SMALL | {"prompts": 8, "group": 8})  # fmt: skip
+    rows = metrics(tmp_path / "run")
+    assert result["accuracy_after"] > result["accuracy_before"] + 0.2 or rows[-1]["accuracy"] > 0.5
+    assert max(row["difference"] for row in rows if "difference" in row) < 1e-5
+    assert result["seconds"] < 30
+
+
+def test_a_run_leaves_a_model_its_report_and_its_figures(finished):
+    result, out = finished
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 9)) and result["steps"] == 8
+    assert all(row["difference"] < 1e-5 and row["kept"] <= 1 for row in rows)
+    model, tokenizer = twelve.load(out)
+    assert model(torch.tensor([tokenizer.encode("abc")])).isfinite().all()
+    assert "reinforcement learning (GRPO)" in (out / "README.md").read_text()
+    page = (out / "training" / "report.html").read_text()
+    assert "Held-out problems" in page and "Right answers" in page
+    assert not list((out / "training").glob("*.safetensors"))
+    assert result["peak_memory"] > 50 * 2**20 and 0 <= result["accuracy_before"] <= 1
+
+
+@pytest.mark.parametrize("options", [
+    {"updates": 2, "kl": 0.1, "off_policy": 0.5}, {"lora": 4, "kl": 0.1}, {"method": "rejection"},
+    {"loss": "sequence", "normalise": "mean", "temperature": 0.8, "max_tokens": 40, "mask_overlong": True}, {"curriculum": "curriculum", "loss": "constant"},
+], ids=str)  # fmt: skip
+def test_every_way_of_learning_runs(base, task, tmp_path, options):
+    rl(base, tmp_path / "run", [task], steps=3, **SMALL, **options)
+    rows = [row for row in metrics(tmp_path / "run") if row["kept"]]
+    assert rows and all(row["difference"] < 1e-5 for row in rows)
+    if "kl" in options:
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-3) and rows[-1]["kl"] > 0
+    before, after = load_file(f"{base}/model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert any((before[name] != after[name]).any() for name in before)
+
+
+def test_sigkill_in_the_middle_ends_with_the_same_weights(base, task, finished, tmp_path):
+    out = tmp_path / "run"
+    code = (
+        "import time\n"
+        "from twelve.posttrain import reinforcement\n"
+        "from twelve.posttrain.rl import rl\n"
+        "from twelve.train import loop\n"
+        "loop.SAVE_EVERY, loop.SAVE_SHARE = 0.0, 10.0\n"
+        "step = reinforcement.Reinforcement.train_step\n"
+        "reinforcement.Reinforcement.train_step = lambda self: (time.sleep(0.2), step(self))[1]  # time to be killed\n"
+        f"rl({base!r}, {str(out)!r}, [{task!r}], steps=8, seed=1, **{SMALL!r})\n"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    log = out / "training" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not (out / "training" / "checkpoint.safetensors").exists() or len(log.read_text().splitlines()) < 3:
+        assert running.poll() is None and time.monotonic() < limit, running.stderr.read().decode()
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGKILL)
+    running.communicate()
+    result = rl(base, out, [task], steps=8, seed=1, **SMALL)
+    assert result["steps"] == 8 and [row["step"] for row in metrics(out)] == list(range(1, 9))
+    ours, theirs = (load_file(place / "model.safetensors") for place in (out, finished[1]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_saves(base, task, tmp_path, monkeypatch):
+    step = Reinforcement.train_step
+    monkeypatch.setattr(Reinforcement, "train_step", lambda self: (os.kill(os.getpid(), signal.SIGINT), step(self))[1])
+    with pytest.raises(Interrupted, match="saved at step 1; run the same command again"):
+        rl(base, tmp_path / "run", [task], steps=5, **SMALL)
+
+
+def test_memory_stays_below_its_limit(base, task, tmp_path):
+    code = (
+        "import sys, json; from twelve.posttrain.rl import rl; from twelve.posttrain import memory\n"
+        f"limit = memory.resident() + 2**28\n"
+        f"rl({base!r}, {str(tmp_path / 'run')!r}, [{task!r}], steps=2, memory=limit, **{SMALL!r})\n"
+        "print(limit, memory.peak())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    limit, peak = map(int, done.stdout.split()[-2:])
+    assert peak <= limit
+    with pytest.raises(InputError, match="GiB do not hold this run"):
+        rl(base, tmp_path / "small", [task], steps=2, memory=memory.resident(), **SMALL)
+    assert not (tmp_path / "small" / "config.json").exists()
+
+
+def test_routing_is_kept_for_every_further_update(base, task, tmp_path, monkeypatch):
+    forced = []
+    keep = Reinforcement._force
+    monkeypatch.setattr(Reinforcement, "_force", lambda self, routing: (forced.append(routing), keep(self, routing)))
+    rl(base, tmp_path / "run", [task], steps=1, updates=2, **SMALL)
+    assert forced[0] is not None and forced[0][0].shape[1] == 2  # [tokens, experts a token]
+    assert forced[1] is None
+
+
+def test_a_collapse_ends_the_run_with_a_reason_and_the_state_before(base, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforcement.health, "collapse", lambda rows: "it broke" if len(rows) > 4 else None)
+    result = rl(base, tmp_path / "run", [task], steps=50, **SMALL)
+    assert result["steps"] == 5 and "it broke" in result["ended"]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert health.collapse([{}]) is None
+
+
+def test_nothing_to_compare_ends_it_too(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(reinforcement, "IDLE", 3)
+    path = tmp_path / "never.py"
+    path.write_text("def generate(seed):\n    return {'question': f'{seed % 9}?', 'answer': 'impossible'}\n")
+    result = rl(base, tmp_path / "run", [str(path)], language=["en"], steps=50, max_tokens=4, **SMALL)
+    assert result["steps"] == 3 and "easier levels" in result["ended"]
+
+
+def test_sampler_and_trainer_that_differ_are_noticed(base, task, tmp_path, monkeypatch):
+    original = reinforcement.sample
+
+    def lying(*arguments, **named):
+        made = original(*arguments, **named)
+        for group in made:
+            for answer in group.answers:
+                answer.logprobs[0] -= 0.01
+        return made
+
+    monkeypatch.setattr(reinforcement, "sample", lying)
+    with pytest.raises(InputError, match=r"differ by 0\.01 at step 1"):
+        rl(base, tmp_path / "run", [task], steps=2, **SMALL)
+
+
+def test_bad_input_is_one_line(base, task, tmp_path):
+    with pytest.raises(InputError, match="name another folder"):
+        rl(base, base, [task])
+    with pytest.raises(InputError, match="nothing to compare"):
+        rl(base, tmp_path / "run", [task], group=1)
+    with pytest.raises(InputError, match="curriculum"):
+        rl(base, tmp_path / "run", [task], curriculum="hard", steps=1, quiet=True)
+    with pytest.raises(InputError, match="nothing"):
+        rl(base, tmp_path / "run", ["nothing"])
+    with pytest.raises(InputError):
+        rl(base, tmp_path / "run", ["arithmetic"], level=[99])
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_cells_are_all_combinations():
+    cells = cells_of(["arithmetic", "word_problems"], [1, 2], None)
+    assert len(cells) == 8 and {cell.language for cell in cells} == set(tasks.LANGUAGES)
+
+
+def test_a_dense_llama_learns_as_well(task, tokenizer, tmp_path):
+    model = folder(tmp_path / "llama", tokenizer, llama(tokenizer, initializer_range=0.05))
+    rl(model, tmp_path / "run", [task], steps=2, **SMALL)
+    assert all(row["difference"] < 1e-5 for row in metrics(tmp_path / "run"))
