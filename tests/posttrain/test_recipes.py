@@ -170,6 +170,18 @@ def test_minutes_are_divided_and_what_is_left_goes_on(tmp_path):
     assert made._allot(2)["minutes"] == 0
 
 
+def test_the_rejection_stage_knows_its_speed_from_the_cold_start(tmp_path):
+    made = chain(tmp_path, minutes=10.0)
+    (tmp_path / "1-cold-start" / "training").mkdir(parents=True)
+    (tmp_path / "1-cold-start" / "training" / "metrics.jsonl").write_text('{"step": 50, "seconds": 100.0}\n')
+    made.began = time.monotonic() - 30  # of sampling
+    begun = {"name": "3-rejection", "minutes": 2.0}
+    assert made._steps_left(begun) == pytest.approx((120 - 30) / 2, abs=1)
+    made.began -= 1000
+    assert made._steps_left(begun) == begun["fine_tuning_steps"] > 40  # fixed: a resume does the same
+    assert made._steps_left({"name": "3-rejection", "minutes": 2.0}) == recipes.LEAST  # it never gives up for want of time
+
+
 def test_minutes_do_not_read_few_conversations_too_often(room, tmp_path):
     talk = str(room.path / "talk.jsonl")
     once = sft(room.model, [talk], tmp_path / "one", minutes=0.5, epochs=1, quiet=True)

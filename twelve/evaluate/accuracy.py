@@ -40,6 +40,7 @@ class Accuracy:
     tokens: int  # drawn for the answers
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
+    drawn: bool = False  # at a temperature above 0
 
     @property
     def accuracy(self) -> float:

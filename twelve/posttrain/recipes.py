@@ -32,6 +32,7 @@ from twelve.train.sft import sft
 WORKED = 5000  # solutions of a cold start that is not given
 EPOCHS = 3  # at most, of what is fine-tuned on (R1: 2 to 3)
 SAMPLING = 0.5  # of the minutes of the rejection stage, for its answers
+LEAST = 10  # steps of its fine-tuning, even where sampling took all of the time
 SAMPLES = 4  # answers to a problem there
 
 
@@ -230,9 +231,20 @@ class _Chain:
         else:
             source = options["model"] if options["restart"] else before
             paths = [self._rejected(before, out, begun), *options["mix"]]
+            if "minutes" in begun:
+                training |= {"minutes": None, "steps": self._steps_left(begun)}
         training |= {"lora": options["lora"] or None, "epochs": EPOCHS if "minutes" in begun else None}
         sft(source, [str(path) for path in paths], out, **training)
         return {}
+
+    def _steps_left(self, begun: dict[str, Any]) -> int:
+        """What the rest of the rejection stage's minutes holds at the speed of the cold start, and LEAST at least."""
+        if "fine_tuning_steps" not in begun:
+            cold = _record(self.folder / COLD_START.name)
+            left = 60 * begun["minutes"] - (time.monotonic() - self.began)
+            begun["fine_tuning_steps"] = max(LEAST, int(left * cold["steps"] / max(cold["seconds"], 1e-9)))
+            self.progress.save()
+        return begun["fine_tuning_steps"]
 
     def _worked(self, out: Path) -> Path:
         """A file of worked solutions to problems of the easier half of every task's levels."""

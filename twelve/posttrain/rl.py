@@ -73,7 +73,8 @@ def rl(
         "group": group, "max_tokens": max_tokens, "temperature": temperature, "learning_rate": learning_rate,
         "lora": lora, "memory": memory, "curriculum": curriculum, "problems": problems, "updates": updates,
         "method": method, "mask_overlong": mask_overlong, "loss": loss, "normalise": normalise, "kl": kl,
-        "off_policy": off_policy, "format_reward": format_reward, "language_reward": language_reward, "length_penalty": length_penalty,
+        "off_policy": off_policy, "format_reward": format_reward, "language_reward": language_reward,
+        "length_penalty": length_penalty,
         "device": device,
     }  # fmt: skip
     options |= judge.options if judge else {}

@@ -39,7 +39,7 @@ class Plan:
     # [at_step, steps]: from at_step on the run is to end after `steps`. With --minutes, later entries correct the first
     # for the speed that was really seen; a resume replays them.
     revisions: list[tuple[int, int]] = field(default_factory=list)
-    most_steps: int | None = None  # with --minutes: more would read the data too often
+    most_steps: int | None = None  # more would read the data too often
     complete: bool = False
 
     def steps(self, step: int) -> int:

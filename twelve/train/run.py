@@ -110,7 +110,7 @@ def _fix_length(
             done += 1
         seconds_per_step = (time.monotonic() - began) / done
         left = 60 * minutes - (time.monotonic() - started) - _reserve(trainer) - trainer.closing
-        steps = min(max(1, round(left / seconds_per_step)), plan.most_steps or NO_END)
+        steps = max(1, round(left / seconds_per_step))
         if left < 10 * seconds_per_step:
             raise InputError(
                 f"{minutes:g} minutes leave {max(0, left):.0f} s for training, at {seconds_per_step:.1f} s a step: "
@@ -118,6 +118,7 @@ def _fix_length(
             )
     elif steps is None:
         steps = NO_END if minutes is not None else EPOCHS * prepared.epoch_steps
+    steps = min(steps, plan.most_steps or NO_END)
     plan.revisions = [(0, steps)]
     plan.warmup = min(plan.warmup, max(1, steps // 10))
     plan.save(trainer.folder)

@@ -47,7 +47,7 @@ def sft(
 
     With `lora`, a rank, only adapters of that rank are trained (`twelve.lora`), in a fraction of the memory, and merged
     at the end; the model may then be a packed one, and stays packed until then. A `lesson` puts another loss in the
-    place of the cross entropy. With `minutes`, `epochs` ends the run early, after so many passes.
+    place of the cross entropy. `epochs` are the most passes, whatever else sets the length.
     """
     learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
     if lora and (muon or compile):
