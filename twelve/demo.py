@@ -92,7 +92,7 @@ def demo(
 
 
 def write_problems(path: Path, count: int, seed: int) -> None:
-    """`count` conversations that solve problems of the split "train": tasks, levels and languages in turn; hard ones are
+    """`count` conversations that solve problems of the split "train": tasks, levels, languages in turn; hard ones are
     broken off."""
     told = " and ".join(LANGUAGES.values())
     print(f"corpus    {count:,} problems of {', '.join(TASKS)} in {told}: up to {LEVELS[-1]} steps solved, "
