@@ -179,7 +179,7 @@ def test_the_rejection_stage_knows_its_speed_from_the_cold_start(tmp_path):
     assert made._steps_left(begun) == pytest.approx((120 - 30) / 2, abs=1)
     made.began -= 1000
     assert made._steps_left(begun) == begun["fine_tuning_steps"] > 40  # fixed: a resume does the same
-    assert made._steps_left({"name": "3-rejection", "minutes": 2.0}) == recipes.LEAST  # it never gives up for want of time
+    assert made._steps_left({"name": "3-rejection", "minutes": 2.0}) == recipes.LEAST  # never none
 
 
 def test_minutes_do_not_read_few_conversations_too_often(room, tmp_path):
@@ -300,7 +300,7 @@ def test_other_options_are_refused_but_more_minutes_are_not(tmp_path):
 
 def test_where_nothing_passes_what_was_trained_stays(room, tmp_path):
     hard = tmp_path / "hard.py"
-    hard.write_text(TASK + "\n\ndef score(problem, text):\n    return 0.0\n")
+    hard.write_text(TASK + "\n\ndef score(problem, text):\n    return float(text.startswith('####'))\n")
     again = "no answer of .*2-reasoning passed the checker, a pass rate of 0%.*what was trained is kept"
     for _ in range(2):
         with pytest.raises(InputError, match=again):

@@ -1,0 +1,313 @@
+"""What reinforcement learning, its controls, curricula, distillation and the language reward do to a small model.
+
+    python bench/reasoning.py effect curriculum distill language --seeds 3 4 5 6 7 --out runs/reasoning
+
+Every run is a process of its own on one thread, `--workers` at a time, and leaves its row in rows.jsonl: the same
+command goes on where it stopped. All arms of a comparison start from the same cold start and get the same seconds.
+
+effect      a cold start whose traces are complete for 1 to 3 steps and broken off for 4 to 6, then GRPO; SFT on its own
+            right answers (rejection sampling); more of the cold start's SFT; SFT on complete traces (a ceiling)
+curriculum  GRPO with levels drawn alike against p (1 - p) and gates, on two tasks
+distill     a smaller student under GRPO against the same student taught by the RL-trained model of `effect`: on 200
+            selected or 2,000 random traces, or on its own samples; and in three stages against one
+language    GRPO with and without the language reward, from reasoning in either language at random
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+
+from twelve import report, tasks
+from twelve.tasks import LANGUAGES
+
+EASY, HARD = (1, 2, 3), (4, 5, 6)
+TRACES = 60_000
+MODEL = {"vocab_size": 384, "width": 64, "layers": 4, "experts": 4, "experts_per_token": 2, "context": 256, "batch": 16,
+         "learning_rate": 4e-3}  # fmt: skip
+SFT = {"muon": True, "learning_rate": 1e-3, "context": 256, "batch": 16}  # as the cold start, from a lower rate
+RL = {"prompts": 24, "group": 8, "max_tokens": 128, "level": HARD, "problems": 6}
+ASKED = 100  # held-out problems a level and language
+WORDS = {"en": ("now ", "then ", "so ", "next "), "ko": ("이제 ", "다음에 ", "그러면 ", "여기서 ")}
+
+ARMS = {
+    "effect": ("cold start", "grpo", "rejection", "more sft", "complete traces"),
+    "curriculum": ("arithmetic uniform", "arithmetic curriculum", "word_problems uniform", "word_problems curriculum"),
+    "distill": ("student", "student grpo", "200 selected", "2000 random", "on-policy", "three stages", "one stage"),
+    "language": ("cold start", "without reward", "with reward"),
+}  # fmt: skip
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def write_traces(path: Path, task: str, seed: int, complete: bool = False, levels=(*EASY, *HARD), words=False) -> None:
+    """Conversations of `task`, hard levels broken off after 1 .. level steps unless `complete`; with `words` every step
+    begins with a word of a language that is drawn for each trace, whatever the question's."""
+    draw = Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for problem in islice(tasks.problems(task, "train", seed, levels, LANGUAGES), TRACES):
+            steps, answer = problem.steps.splitlines(), problem.answer
+            if problem.level in HARD and not complete:
+                steps = steps[: draw.randint(1, problem.level)]
+                answer = steps[-1].rpartition("=")[2]
+            if words:
+                language = draw.choice(LANGUAGES)
+                steps = [draw.choice(WORDS[language]) + step for step in steps]
+            said = "\n".join(steps)
+            messages = [
+                {"role": "user", "content": problem.question},
+                {"role": "assistant", "content": f"<think>{said}</think><answer>{answer}</answer>"},
+            ]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def run(experiment: str, arm: str, seed: int, out: Path, cold: float, minutes: float) -> dict:
+    """The row of one arm; trains whatever is not there yet."""
+    folder = out / experiment / f"{arm.replace(' ', '-')}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    task = arm.split()[0] if experiment == "curriculum" else "arithmetic"
+    model = {"effect": _effect, "curriculum": _curriculum, "distill": _distill, "language": _language}[experiment](
+        arm, seed, out, folder, cold, minutes
+    )
+    seconds = time.monotonic() - began
+    return {"experiment": experiment, "arm": arm, "seed": seed, "seconds": seconds, **measure(model, task)}
+
+
+def cold_start(out: Path, seed: int, minutes: float, task: str = "arithmetic", **changes) -> Path:
+    from twelve.train.pretrain import pretrain
+
+    words = changes.pop("words", False)
+    kind = [f"{key}{value}" for key, value in changes.items()] + (["words"] if words else [])
+    name = "-".join([task, *kind, str(seed)])
+    model, traces = out / "cold" / name, out / "cold" / f"{name}.jsonl"
+    if not (model / "config.json").exists():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        write_traces(traces, task, seed, words=words)
+        pretrain([str(traces)], model, minutes=minutes, seed=seed, quiet=True, **MODEL | changes)
+    return model
+
+
+def _effect(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+    from twelve.posttrain.rl import rl
+    from twelve.train.sft import sft
+
+    start = cold_start(out, seed, cold)
+    if arm == "cold start":
+        return start
+    if arm in ("grpo", "rejection"):
+        rl(start, folder / "model", ["arithmetic"], method=arm, minutes=minutes, seed=seed, quiet=True, **RL)
+    else:
+        write_traces(folder / "traces.jsonl", "arithmetic", seed + 1000, complete=arm == "complete traces")
+        sft(start, [str(folder / "traces.jsonl")], folder / "model", minutes=minutes, seed=seed, quiet=True, **SFT)
+    return folder / "model"
+
+
+def _curriculum(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+    from twelve.posttrain.rl import rl
+
+    task, how = arm.split()
+    start = cold_start(out, seed, cold, task)
+    rl(start, folder / "model", [task], curriculum=how, minutes=minutes, seed=seed, quiet=True, **RL)
+    return folder / "model"
+
+
+def _distill(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+    from twelve.posttrain.distill import distill
+    from twelve.posttrain.rl import rl
+
+    teacher = out / "effect" / f"grpo-{seed}" / "model"
+    student = cold_start(out, seed, cold / 2, layers=2)
+    asked = {"task": ["arithmetic"], "level": HARD, "max_tokens": 128, "seed": seed, "minutes": minutes, "quiet": True}
+    how = {"learning_rate": SFT["learning_rate"], "batch": 16, "context": 256}
+    if arm == "student":
+        return student
+    if arm == "student grpo":
+        rl(student, folder / "model", ["arithmetic"], minutes=minutes, seed=seed, quiet=True, **RL)
+        return folder / "model"
+    if arm in ("200 selected", "2000 random"):
+        count, _, which = arm.partition(" ")
+        distill([str(teacher)], folder / "model", student=str(student), traces=int(count), **asked, **how,
+                select_how="best" if which == "selected" else "random")  # fmt: skip
+    elif arm == "on-policy":
+        distill([str(teacher)], folder / "model", how="on-policy", student=str(student), learning_rate=3e-4, **asked)
+    else:
+        layers = {"three stages": [4, 3, 2], "one stage": [2]}[arm]
+        distill([str(teacher)], folder / "model", how="on-policy", layers=layers, learning_rate=1e-3, **asked)
+    found = json.loads((folder / "model" / "distill.json").read_text())
+    return Path(found["stages"][-1]["model"])
+
+
+def _language(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+    from twelve.posttrain.rl import rl
+
+    start = cold_start(out, seed, cold, words=True)
+    if arm == "cold start":
+        return start
+    reward = 0.5 if arm == "with reward" else 0.0
+    rl(start, folder / "model", ["arithmetic"], language_reward=reward, minutes=minutes, seed=seed, quiet=True, **RL)
+    return folder / "model"
+
+
+def measure(model: Path, task: str) -> dict:
+    """Greedy and drawn accuracy at every level, on problems that no training saw, and the language of the reasoning."""
+    from twelve.convert import load
+    from twelve.engine import Engine, Request, sub_seed
+    from twelve.evaluate.accuracy import prompt_ids
+    from twelve.posttrain.rewards import language_share
+
+    network, tokenizer = load(model, device="cpu")
+    engine = Engine(network, tokenizer, speculation="off")
+    row: dict = {"greedy": {}, "sampled": {}, "length": {}, "language": {}}
+    for level in (*EASY, *HARD):
+        asked = [p for code in LANGUAGES for p in islice(tasks.problems(task, "test", 0, [level], [code]), ASKED)]
+        prompts = [prompt_ids(tokenizer, problem) for problem in asked]
+        for how, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            answers = engine.generate(
+                Request(prompt, 128, temperature, seed=sub_seed(9, index)) for index, prompt in enumerate(prompts)
+            )
+            texts = [answer.text for answer in answers]
+            row[how][level] = mean(tasks.score_all(asked, texts))
+        row["length"][level] = mean(answer.completion_tokens for answer in answers)
+        for code in LANGUAGES:
+            shares = [language_share(text, code) for p, text in zip(asked, texts, strict=True) if p.language == code]
+            row["language"].setdefault(code, []).append(mean(shares))
+    return row | {"language": {code: mean(shares) for code, shares in row["language"].items()}}
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[*ARMS, []], default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6, 7])
+    parser.add_argument("--cold", type=float, default=2.5, help="minutes of a cold start")
+    parser.add_argument("--minutes", type=float, default=3, help="of every arm")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/reasoning"))
+    parser.add_argument("--one", nargs=3, metavar=("EXPERIMENT", "ARM", "SEED"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        import torch
+
+        torch.set_num_threads(1)
+        experiment, arm, seed = options.one
+        row = run(experiment, arm, int(seed), options.out, options.cold, options.minutes)
+        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for experiment in options.experiments:
+        _run_all(experiment, options)
+    rows = read_rows(options.out)
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        print_table(experiment, [row for row in rows if row["experiment"] == experiment])
+    write_report(options.out / "report.html", rows)
+
+
+def _run_all(experiment: str, options) -> None:
+    """Cold starts first, which the other arms share, then the rest."""
+    done = {(row["experiment"], row["arm"], row["seed"]) for row in read_rows(options.out)}
+
+    def start(job: tuple[str, int]) -> None:
+        arm, seed = job
+        if (experiment, arm, seed) in done:
+            return
+        command = [sys.executable, __file__, "--one", experiment, arm, str(seed), "--out", str(options.out),
+                   "--cold", str(options.cold), "--minutes", str(options.minutes)]  # fmt: skip
+        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        print(f"{experiment}, {arm}, seed {seed}: " + (ended.stderr[-300:] if ended.returncode else "done"), flush=True)
+
+    arms = ARMS[experiment]
+    with ThreadPoolExecutor(options.workers) as pool:
+        if experiment != "curriculum":
+            list(pool.map(start, [(arms[0], seed) for seed in options.seeds]))
+        later = [(arm, seed) for seed in options.seeds for arm in (arms if experiment == "curriculum" else arms[1:])]
+        if experiment == "curriculum":  # the arms of a task share a cold start: make it once
+            list(pool.map(start, [(arm, seed) for arm, seed in later if arm.endswith("uniform")]))
+            later = [(arm, seed) for arm, seed in later if arm.endswith("curriculum")]
+        list(pool.map(start, later))
+
+
+def read_rows(out: Path) -> list[dict]:
+    path = out / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def hard(row: dict, how: str) -> float:
+    return mean(row[how][str(level)] for level in HARD)
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and the standard error over seeds."""
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def print_table(experiment: str, rows: list[dict]) -> None:
+    print(f"\n{experiment}: levels {HARD[0]} to {HARD[-1]}, mean ± standard error over seeds")
+    print(f"{'arm':24} {'seeds':>5} {'greedy':>15} {'drawn':>15} {'hardest, drawn':>15} {'easy, drawn':>13} "
+          f"{'tokens':>7} {'ko':>6} {'en':>6}")  # fmt: skip
+    for arm in ARMS[experiment]:
+        mine = [row for row in rows if row["arm"] == arm]
+        if not mine:
+            continue
+        cells = [spread([hard(row, how) for row in mine]) for how in ("greedy", "sampled")]
+        cells.append(spread([row["sampled"][str(HARD[-1])] for row in mine]))
+        shown = "".join(f"{value:8.1%} ± {error:4.1%}" for value, error in cells)
+        easy = mean(row["sampled"][str(level)] for row in mine for level in EASY)
+        length = mean(row["length"][str(HARD[-1])] for row in mine)
+        language = "".join(f"{mean(row['language'][code] for row in mine):7.1%}" for code in ("ko", "en"))
+        print(f"{arm:24} {len(mine):5} {shown} {easy:13.1%} {length:7.1f} {language}")
+    first, *others = [arm for arm in ARMS[experiment] if any(row["arm"] == arm for row in rows)]
+    if experiment == "effect" and "grpo" in others:
+        first, others = "grpo", [arm for arm in others if arm != "grpo"]
+    if experiment == "curriculum":
+        pairs = [(f"{task} uniform", f"{task} curriculum") for task in ("arithmetic", "word_problems")]
+    else:
+        pairs = [(first, other) for other in others]
+    for one, other in pairs:
+        values = {arm: {row["seed"]: hard(row, "sampled") for row in rows if row["arm"] == arm} for arm in (one, other)}
+        both = sorted(values[one].keys() & values[other].keys())
+        if both:
+            difference, error = spread([values[other][seed] - values[one][seed] for seed in both])
+            print(f"  {other} less {one}, drawn, paired: {difference:+.1%} ± {error:.1%}")
+
+
+def write_report(path: Path, rows: list[dict]) -> None:
+    sections = []
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        mine = [row for row in rows if row["experiment"] == experiment]
+        bars = {}
+        for how in ("greedy", "sampled"):
+            for arm in ARMS[experiment]:
+                values = [hard(row, how) for row in mine if row["arm"] == arm]
+                if values:
+                    bars[f"{arm}, {how}"] = spread(values)
+        shown = [report.bars(f"Right at levels {HARD[0]} to {HARD[-1]}", bars, "± standard error over seeds", high=1.0)]
+        if experiment == "language":
+            shares = {
+                f"{arm}, {code}": spread([row["language"][code] for row in mine if row["arm"] == arm])
+                for arm in dict.fromkeys(row["arm"] for row in mine)
+                for code in LANGUAGES
+            }
+            shown.append(report.bars("Words of the reasoning in the asked language", shares, high=1.0))
+        sections.append((experiment, shown))
+    report.write_report(path, "Reasoning, with controls", sections)
+
+
+if __name__ == "__main__":
+    main()
