@@ -1,4 +1,4 @@
-"""Sort messages to a shop: which desk should answer? Thirty lines that check an answer are all that `twelve rl` needs."""
+"""Messages to a shop: which desk should answer? Some thirty lines that check an answer are all that RL needs."""
 
 from random import Random
 

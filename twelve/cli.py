@@ -21,6 +21,7 @@ from twelve.errors import InputError
 from twelve.options import (
     assignment,
     device,
+    finer,
     natural,
     not_negative,
     numbers,
@@ -29,6 +30,7 @@ from twelve.options import (
     positive_float,
     share,
     size,
+    switch,
 )
 
 STARTED = time.monotonic()  # --minutes counts the seconds that torch takes to import, too
@@ -85,7 +87,7 @@ def sft(options: Options) -> Result:
 def rl(options: Options) -> Result:
     from twelve.posttrain.rl import rl
 
-    given = _given(options, REINFORCEMENT | RECIPE)
+    given = _given(options, REINFORCEMENT | RECIPE) | finer(options.set, FINER)
     if options.recipe:
         from twelve.posttrain.recipes import follow
 
@@ -192,8 +194,12 @@ def _engine(options: Options):
 TRAINING = {"minutes", "steps", "seed", "batch", "context", "learning_rate", "device"}
 REINFORCEMENT = {
     "level", "language", "minutes", "steps", "seed", "prompts", "group", "max_tokens", "temperature", "learning_rate",
-    "lora", "memory", "curriculum", "problems", "updates", "method", "loss", "normalise", "kl", "off_policy",
-    "mask_overlong", "format_reward", "language_reward", "length_penalty", "device",
+    "lora", "memory", "curriculum", "problems", "method", "device",
+}  # fmt: skip
+FINER = {  # of --set: what each is read as; what they mean: docs/recipes.md
+    "updates": positive, "loss": str, "normalise": str, "kl": not_negative, "off_policy": positive_float,
+    "mask_overlong": switch, "format_reward": not_negative, "language_reward": not_negative,
+    "length_penalty": not_negative,
 }  # fmt: skip
 RECIPE = {"recipe", "cold_start", "mix", "judge", "judge_model", "judge_prompts"}
 DISTILLATION = {
@@ -275,18 +281,9 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--learning-rate", type=positive_float, help="after five steps")
     made.add_argument("--curriculum", choices=("uniform", "curriculum"), metavar="HOW", help="uniform, curriculum")
     made.add_argument("--problems", type=positive, help="held out, answered before and after (default: 200)")
-    made.add_argument("--format-reward", type=not_negative, help="weight of <think> and <answer> (default: 0)")
-    made.add_argument("--language-reward", type=not_negative, help="of reasoning in the question's language")
-    made.add_argument("--length-penalty", type=not_negative, help="of right answers that use all tokens")
-    made.add_argument("--updates", type=positive, help="optimiser steps a step's answers serve for (default: 1)")
     made.add_argument("--method", choices=("grpo", "rejection"), metavar="HOW", help="grpo, or right answers only")
-    made.add_argument("--loss", choices=("token", "sequence", "constant"), metavar="HOW",
-                      help="token, sequence, constant: what a token counts")  # fmt: skip
-    made.add_argument("--normalise", choices=("std", "mean"), metavar="HOW",
-                      help="of rewards: std (R1), mean (Dr. GRPO)")  # fmt: skip
-    made.add_argument("--kl", type=not_negative, help="factor of the divergence from MODEL (default: 0)")
-    made.add_argument("--off-policy", type=positive_float, help="drift that masks worse answers (default: no mask)")
-    made.add_argument("--mask-overlong", action="store_true", default=None, help="answers cut off teach nothing")
+    made.add_argument("--set", action="append", type=assignment, default=[], metavar="NAME=VALUE",
+                      help="finer: " + ", ".join(FINER))  # fmt: skip
     _computing(made)
 
     made = verb(distill, "distill", "TEACHER...", "Pass on what a model can do to smaller ones. Resumes, too.")

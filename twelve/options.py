@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from twelve.errors import InputError
@@ -53,6 +53,26 @@ def assignment(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, value
+
+
+def switch(text: str) -> bool:
+    """on or off."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
+def finer(given: Iterable[tuple[str, str]], readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """The values of several assignments. InputError for a name without a reader, or a value that it refuses."""
+    values = {}
+    for name, text in given:
+        if name not in readers:
+            raise InputError(f"--set {name}: there is no such setting, only {', '.join(readers)}")
+        try:
+            values[name] = readers[name](text)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"--set {name}: {error}") from None
+    return values
 
 
 def device(text: str) -> str:

@@ -176,7 +176,7 @@ def test_many_answers_to_one_prompt_read_it_once():
     requests = [Request([1] * 150 + [2], 10, seed=seed) for seed in range(8)] + [Request([3] * 30, 10, seed=9)]
     done = engine.generate(requests)
     assert [one.token_ids for one in done] == [expected(r.prompt_ids, r.seed, 10) for r in requests]
-    assert [one.cached_tokens for one in done] == [0] + [150] * 7 + [0]  # all but the token whose row gives the first draw
+    assert [one.cached_tokens for one in done] == [0] + [150] * 7 + [0]  # all but the last token
     assert engine.stats.rows == 151 + 7 + 30 + 9 * 9
     prompts = [[index] * 100 for index in range(6)]  # groups do not wait for one another
     engine.generate([Request(prompt, 10, seed=seed) for prompt in prompts for seed in range(3)])
