@@ -27,5 +27,4 @@ def generate(seed):
 
 
 def score(problem, text):
-    said = [desk for desk in DESKS if desk in text.lower()]
-    return said == [problem.answer]  # this desk, and no other
+    return text.strip().rstrip(".").lower() == problem.answer  # this word and nothing else: see --audit

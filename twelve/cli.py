@@ -229,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     made = verb(demo, "demo", "", "Train a small V3-shape model on solved problems, measure it, and write a report.")
-    made.add_argument("--minutes", type=positive_float, help="of training (default: 5)")
+    made.add_argument("--minutes", type=positive_float, help="for everything (default: 9)")
     made.add_argument("--out", default="runs/demo", metavar="FOLDER", help="default: runs/demo")
     _computing(made)
 

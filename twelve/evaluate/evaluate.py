@@ -13,6 +13,8 @@ from twelve.errors import InputError
 from twelve.evaluate.accuracy import task_accuracy
 from twelve.evaluate.bits import bits_per_byte
 
+MAX_TOKENS = 256  # of an answer, where the task does not say
+
 
 def evaluate(
     model: str | Path, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (),
@@ -40,10 +42,11 @@ def evaluate(
               f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
     engine = Engine(network, tokenizer)
     for name in names:
-        spoken = getattr(known_tasks.get(name), "LANGUAGES", languages)
+        task = known_tasks.get(name)
+        spoken, most = getattr(task, "LANGUAGES", languages), getattr(task, "MAX_TOKENS", MAX_TOKENS)
         for language in [code for code in languages if code in spoken] or languages:
             for level in levels:
-                found = task_accuracy(engine, tokenizer, name, language, level, problems, seed, temperature)
+                found = task_accuracy(engine, tokenizer, name, language, level, problems, seed, temperature, most)
                 result["tasks"].append(found.to_dict())
                 print(f"{name} {language} level {level}: {found.accuracy:.1%} ± {found.standard_error:.1%} "
                       f"({found.asked} problems, {found.cut_short} answers cut short)")  # fmt: skip

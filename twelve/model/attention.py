@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twelve.config import ModelConfig
+from twelve.model.branches import Branches, branched_attention
 from twelve.model.fast import blocked_attention
 from twelve.model.layers import RMSNorm
 from twelve.model.rope import rotate_halves, rotate_pairs, softmax_scale
@@ -20,7 +21,8 @@ class Positions:
 
     cos: Tensor  # [B, T, 1, R/2]
     sin: Tensor  # [B, T, 1, R/2]
-    mask: Tensor | None  # [B or 1, 1, T, S] bool, True where a query may look; None: causal, or one query that sees all
+    # [B or 1, 1, T, S] bool, True where a query may look; None: causal, or one query that sees all; Branches: B = 1
+    mask: Tensor | Branches | None
     start: int = 0  # tokens already in the cache
 
 
@@ -42,11 +44,15 @@ class LayerCache:
         return sum(buffer[0, 0].numel() * buffer.element_size() for buffer in self.buffers)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Branches | None, scale: float) -> Tensor:
     """Softmax attention, query [B, T, H, K], key [B, S, H or fewer, K], value [B, S, same, V] -> [B, T, H, V].
 
     Without a mask T == S is causal and T == 1 sees everything.
     """
+    if isinstance(mask, Branches):
+        if query.device.type == "cpu":
+            return branched_attention(query[0], key[0], value[0], mask, scale)[None]
+        mask = mask.mask.to(query.device)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if query.requires_grad and query.device.type == "cpu" and query.shape[2] == key.shape[2]:
         repeats = query.shape[1] // key.shape[1]
@@ -119,7 +125,9 @@ class LatentAttention(nn.Module):
             return self.o_proj(self._absorbed(q_nope, q_rope, entries, at.mask).flatten(2))
         return self.o_proj(self._expanded(q_nope, q_rope, latent, k_rope, at.mask).flatten(2))
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | Branches | None
+    ) -> Tensor:
         batch, keys, _ = latent.shape
         expanded = self.kv_b_proj(latent).view(batch, keys, self.heads, self.nope + self.v_width)
         k_nope, value = expanded.split((self.nope, self.v_width), dim=-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 QUERY_BLOCK = 128  # queries at a time: a block of scores stays in the cache, and the causal half is skipped
+LOWEST = -80.0  # exponent: e to it adds nothing to 1, and torch's exp is many times slower at -inf and at denormals
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
         scores = flat.view(batch, heads, end - start, end)
         _hide(scores, mask, start, end, float("-inf"))
         top = scores.amax(-1, keepdim=True)
-        total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+        total = scores.sub_(top).clamp_(min=LOWEST).exp_().sum(-1, keepdim=True)
         out[:, start:end] = torch.bmm(flat, v[:, :end]).div_(total.flatten(0, 1))
         log_sum[:, :, start:end] = total.log_().add_(top)
     return out.view(batch, heads, length, -1), log_sum

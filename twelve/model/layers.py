@@ -101,12 +101,11 @@ class _LinearLogProbs(torch.autograd.Function):
         logprobs, entropies, log_sums = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ used.T).to(wide).div_(temperature)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            logits.sub_(log_z)
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
-            log_sums[part] = log_z[:, 0]
-            entropies[part] = -(logits.exp() * logits).sum(-1)
+            logits = (hidden[part] / temperature @ used.T).to(wide)
+            every = logits.log_softmax(-1)
+            logprobs[part] = every.gather(1, targets[part, None])[:, 0]
+            log_sums[part] = logits.gather(1, targets[part, None])[:, 0] - logprobs[part]
+            entropies[part] = -torch.linalg.vecdot(every.exp(), every)
         ctx.save_for_backward(hidden, weight, targets, log_sums)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -117,19 +116,19 @@ class _LinearLogProbs(torch.autograd.Function):
         used = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad = grad / ctx.temperature
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = (hidden[part] @ used.T).to(grad.dtype).div_(ctx.temperature)
+            logits = (hidden[part] / ctx.temperature @ used.T).to(grad.dtype)
             slope = logits.sub_(log_sums[part, None]).exp_().mul_(-grad[part, None])
-            slope.scatter_add_(1, targets[part, None], grad[part, None])
-            slope = slope.div_(ctx.temperature).to(hidden.dtype)
+            slope = slope.scatter_add_(1, targets[part, None], grad[part, None]).to(hidden.dtype)
             torch.mm(slope, used, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight += slope.T @ hidden[part]
         return grad_hidden, grad_weight, None, None, None
 
 
-LOGITS = 1 << 23  # elements of a chunk of logits: 32 MiB
+LOGITS, ROWS = 1 << 23, 256  # most elements (32 MiB) and rows of a chunk of logits: small ones stay in the cache
 
 
 def linear_logprobs(
@@ -140,4 +139,5 @@ def linear_logprobs(
     hidden [N, D], weight [V, D], targets [N] int64 -> two float32 [N]; only the first has a gradient. No more than
     LOGITS logits exist at a time.
     """
-    return _LinearLogProbs.apply(hidden, weight, targets, temperature, chunk or max(16, LOGITS // len(weight)))
+    chunk = chunk or max(16, min(ROWS, LOGITS // len(weight)))
+    return _LinearLogProbs.apply(hidden, weight, targets, temperature, chunk)

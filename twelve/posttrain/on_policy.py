@@ -30,7 +30,7 @@ from twelve.train.run import Prepared, run
 from twelve.train.schedule import learning_rate as rate_of
 from twelve.train.sft import LEARNING_RATE, LORA_LEARNING_RATE
 
-ROW_TOKENS = 4096  # of a forward pass, with its padding
+ROW_TOKENS = 4096  # of a forward pass
 Weighed = list[tuple[Transformer, float]]  # teachers, and w_i of each
 
 
@@ -57,7 +57,7 @@ class OnPolicy(Trainer):
         loss = 0.0
         for task in {group.problem.task: None for group in groups}:  # all that one teacher reads, then the next
             teachers = self.teachers.get(task) or self.teachers[None]
-            for rows in rows_of([g for g in groups if g.problem.task == task], self.model.config, ROW_TOKENS):
+            for rows in rows_of([g for g in groups if g.problem.task == task], ROW_TOKENS):
                 part = self.divergence(rows.to(self.model.device), teachers) * (len(rows.targets) / tokens)
                 part.backward()
                 loss += part.item()

@@ -1,7 +1,7 @@
 """Rollouts: problems in, groups of answers out, and the rows in which a trainer reads them again.
 
-The answers to one problem share its prompt, so a row holds the prompt once and several answers behind it; a mask keeps
-each answer from seeing the others. With a prompt of 70 tokens and 8 answers of 16 that is a third of the arithmetic.
+The answers to one problem share its prompt, so a row holds the prompt once and the answers behind it, without padding.
+With a prompt of 70 tokens and 8 answers of 16 that is a third of the arithmetic.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from twelve.config import ModelConfig
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Completion, Engine, Request, sub_seed
 from twelve.evaluate.accuracy import prompt_ids
-from twelve.model import Transformer, count_parameters
+from twelve.model import Transformer
+from twelve.model.branches import Branches
 from twelve.model.layers import linear_logprobs
 from twelve.model.moe import Routing
 from twelve.tasks import Problem
@@ -56,64 +56,47 @@ def sample(
 
 @dataclass
 class Rows:
-    """Rows of a forward pass. Row b: a prompt, then answers that see the prompt and themselves; then padding."""
+    """One row for a forward pass: a prompt, its answers, which see it and themselves, the next prompt, and so on."""
 
-    ids: Tensor  # [B, T] int64
-    positions: Tensor  # [B, T] int64; every answer goes on where the prompt ends
-    parts: Tensor  # [B, T] int64: 0 in the prompt, 1, 2, ... in the answers, -1 in the padding
-    states: Tensor  # [N] int64, of B * T: the states that predict the answers' tokens
+    ids: Tensor  # [1, T] int64; the last stands for padding
+    positions: Tensor  # [1, T] int64; every answer goes on where its prompt ends
+    mask: Branches
+    states: Tensor  # [N] int64, of T: the states that predict the answers' tokens
     targets: Tensor  # [N] int64, these tokens
     answers: Tensor  # [N] int64, the number of the answer that each belongs to
     sampled: Tensor  # [N] float32, the log-probability with which each was drawn
 
     def to(self, device: torch.device) -> Rows:
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, 1, T, T] bool: True where a token may look."""
-        parts = self.parts
-        seen = (parts[:, :, None] == parts[:, None, :]) | (parts == 0)[:, None, :]
-        return seen.tril()[:, None]
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def rows_of(groups: Sequence[Group], config: ModelConfig, tokens: int) -> Iterator[Rows]:
-    """The groups' answers, numbered in their order, in batches of rows of about `tokens` tokens with their padding.
+Part = tuple[list[int], list[tuple[int, Completion]]]  # a prompt, and answers to it with their numbers
 
-    Longest rows first, so that a batch that does not fit shows at once.
+
+def rows_of(groups: Sequence[Group], tokens: int) -> Iterator[Rows]:
+    """The groups' answers, numbered in their order, in rows of at most `tokens` tokens, or of one answer.
+
+    A prompt whose answers do not fit one row comes again in the next.
     """
-    rows: list[tuple[list[int], list[tuple[int, Completion]]]] = []
-    number = 0
+    row: list[Part] = []
+    number, length = 0, 1
     for group in groups:
         answers = list(enumerate(group.answers, start=number))
         number += len(answers)
-        answers.sort(key=lambda answer: answer[1].completion_tokens)  # short ones together: less padding
-        mean = sum(answer.completion_tokens for _, answer in answers) / len(answers)
-        each = answers_per_row(config, len(group.prompt), mean)
-        for start in range(0, len(answers), each):
-            row = answers[start : start + each]
-            while len(row) > 1 and _length(group.prompt, row) > max(tokens, config.max_position_embeddings):
-                rows.append((group.prompt, [row.pop()]))
-            rows.append((group.prompt, row))
-    rows.sort(key=lambda row: -_length(*row))
-    while rows:
-        longest = _length(*rows[0])
-        count = max(1, tokens // longest)
-        yield _stack(rows[:count], longest)
-        rows = rows[count:]
-
-
-def answers_per_row(config: ModelConfig, prompt: int, answer: float, most: int = 64) -> int:
-    """How many answers of so many tokens should share a prompt: longer rows compute scores that the mask hides."""
-    width = config.qk_nope_head_dim + config.rope_dim + config.v_head_dim if config.is_mla else 2 * config.head_dim
-    per_pair = config.num_hidden_layers * config.num_attention_heads * width
-    per_token = count_parameters(config)["active"]
-
-    def cost(count: int) -> float:  # of one answer
-        length = prompt + count * answer
-        return (length * per_token + length**2 / 2 * per_pair) / count
-
-    return min(range(1, most + 1), key=cost)
+        part: list[tuple[int, Completion]] = []
+        for answer in sorted(answers, key=lambda answer: answer[1].completion_tokens):  # less padding in attention
+            more = answer[1].completion_tokens - 1  # the last token predicts nothing
+            if row and length + more + (0 if part else len(group.prompt)) > tokens:
+                yield _row(row)
+                row, part, length = [], [], 1
+            if not part:
+                row.append((group.prompt, part))
+                length += len(group.prompt)
+            part.append(answer)
+            length += more
+    if row:
+        yield _row(row)
 
 
 def logprobs(
@@ -129,29 +112,21 @@ def logprobs(
     return *linear_logprobs(chosen, model.head_weight[:vocab_size], rows.targets, temperature), routings
 
 
-def _length(prompt: list[int], answers: list[tuple[int, Completion]]) -> int:
-    # the last token of an answer predicts nothing
-    return len(prompt) + sum(answer.completion_tokens - 1 for _, answer in answers)
-
-
-def _stack(rows: list[tuple[list[int], list[tuple[int, Completion]]]], length: int) -> Rows:
-    ids, positions = torch.zeros(2, len(rows), length, dtype=torch.int64)
-    parts = torch.full((len(rows), length), -1)
-    states, targets, owners, sampled = [], [], [], []
-    for index, (prompt, answers) in enumerate(rows):
-        end = len(prompt)
-        ids[index, :end] = torch.tensor(prompt)
-        positions[index, :end] = torch.arange(end)
-        parts[index, :end] = 0
-        for part, (number, answer) in enumerate(answers, start=1):
+def _row(parts: list[Part]) -> Rows:
+    ids, positions, states, targets, owners, sampled = [], [], [], [], [], []
+    for prompt, answers in parts:
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        for number, answer in answers:
             tokens = answer.token_ids
-            start, end = end, end + len(tokens) - 1
-            ids[index, start:end] = torch.tensor(tokens[:-1])
-            positions[index, start:end] = torch.arange(len(prompt), len(prompt) + len(tokens) - 1)
-            parts[index, start:end] = part
-            states += [index * length + len(prompt) - 1, *range(index * length + start, index * length + end)]
+            states += [last, *range(len(ids), len(ids) + len(tokens) - 1)]
+            ids += tokens[:-1]
+            positions += range(len(prompt), len(prompt) + len(tokens) - 1)
             targets += tokens
             owners += [number] * len(tokens)
             sampled += answer.logprobs
+    mask = Branches([(len(prompt), [len(answer.token_ids) - 1 for _, answer in answers]) for prompt, answers in parts])
     flat = (torch.tensor(numbers, dtype=torch.int64) for numbers in (states, targets, owners))
-    return Rows(ids, positions, parts, *flat, torch.tensor(sampled, dtype=torch.float32))
+    row = torch.tensor([[*ids, 0], [*positions, 0]])[:, None]
+    return Rows(*row, mask, *flat, torch.tensor(sampled, dtype=torch.float32))
