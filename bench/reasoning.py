@@ -31,7 +31,7 @@ from twelve import report, tasks
 from twelve.tasks import LANGUAGES
 
 EASY, HARD = (1, 2, 3), (4, 5, 6)
-TRACES = 60_000
+TRACES = 40_000
 MODEL = {"vocab_size": 384, "width": 64, "layers": 4, "experts": 4, "experts_per_token": 2, "context": 256, "batch": 16,
          "learning_rate": 4e-3}  # fmt: skip
 SFT = {"muon": True, "learning_rate": 1e-3, "context": 256, "batch": 16}  # as the cold start, from a lower rate
@@ -74,7 +74,7 @@ def write_traces(path: Path, task: str, seed: int, complete: bool = False, level
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(experiment: str, arm: str, seed: int, out: Path, cold: float, minutes: float) -> dict:
+def run(experiment: str, arm: str, seed: int, out: Path, cold: int, minutes: float) -> dict:
     """The row of one arm; trains whatever is not there yet."""
     folder = out / experiment / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def run(experiment: str, arm: str, seed: int, out: Path, cold: float, minutes: f
     return {"experiment": experiment, "arm": arm, "seed": seed, "seconds": seconds, **measure(model, task)}
 
 
-def cold_start(out: Path, seed: int, minutes: float, task: str = "arithmetic", **changes) -> Path:
+def cold_start(out: Path, seed: int, steps: int, task: str = "arithmetic", **changes) -> Path:
     from twelve.train.pretrain import pretrain
 
     words = changes.pop("words", False)
@@ -97,11 +97,11 @@ def cold_start(out: Path, seed: int, minutes: float, task: str = "arithmetic", *
     if not (model / "config.json").exists():
         model.parent.mkdir(parents=True, exist_ok=True)
         write_traces(traces, task, seed, words=words)
-        pretrain([str(traces)], model, minutes=minutes, seed=seed, quiet=True, **MODEL | changes)
+        pretrain([str(traces)], model, steps=steps, seed=seed, quiet=True, **MODEL | changes)
     return model
 
 
-def _effect(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+def _effect(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: float) -> Path:
     from twelve.posttrain.rl import rl
     from twelve.train.sft import sft
 
@@ -116,7 +116,7 @@ def _effect(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: 
     return folder / "model"
 
 
-def _curriculum(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+def _curriculum(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: float) -> Path:
     from twelve.posttrain.rl import rl
 
     task, how = arm.split()
@@ -125,12 +125,12 @@ def _curriculum(arm: str, seed: int, out: Path, folder: Path, cold: float, minut
     return folder / "model"
 
 
-def _distill(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+def _distill(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: float) -> Path:
     from twelve.posttrain.distill import distill
     from twelve.posttrain.rl import rl
 
     teacher = out / "effect" / f"grpo-{seed}" / "model"
-    student = cold_start(out, seed, cold / 2, layers=2)
+    student = cold_start(out, seed, cold // 2, layers=2)
     asked = {"task": ["arithmetic"], "level": HARD, "max_tokens": 128, "seed": seed, "minutes": minutes, "quiet": True}
     how = {"learning_rate": SFT["learning_rate"], "batch": 16, "context": 256}
     if arm == "student":
@@ -151,7 +151,7 @@ def _distill(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes:
     return Path(found["stages"][-1]["model"])
 
 
-def _language(arm: str, seed: int, out: Path, folder: Path, cold: float, minutes: float) -> Path:
+def _language(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: float) -> Path:
     from twelve.posttrain.rl import rl
 
     start = cold_start(out, seed, cold, words=True)
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", choices=[*ARMS, []], default=[])
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6, 7])
-    parser.add_argument("--cold", type=float, default=2.5, help="minutes of a cold start")
+    parser.add_argument("--cold", type=int, default=700, help="steps of a cold start of 4,096 tokens")
     parser.add_argument("--minutes", type=float, default=3, help="of every arm")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/reasoning"))

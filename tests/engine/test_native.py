@@ -166,6 +166,55 @@ def test_packed_product_is_exact_in_its_rounded_activations(bits, symmetric, row
         np.testing.assert_allclose(out, wanted.numpy(), rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("outputs", [1, 16, 50, 176])
+@pytest.mark.parametrize("columns", [40, 192])
+def test_panels_give_every_row_the_same_sums_in_any_company(outputs, columns):
+    weight, x = torch.randn(outputs, columns), torch.randn(21, columns)
+    library = native.library()
+    panels = torch.full((-(-outputs // native.PANEL), columns, native.PANEL), float("nan"))
+    library.panels_fill(weight.data_ptr(), 1, *weight.shape, panels.data_ptr())
+    matrix = native.Matrix(weights=panels.data_ptr(), kind=native.PANELS, rows=outputs, columns=columns)
+
+    def product(rows, threads):
+        out = np.empty((len(rows), outputs), np.float32)
+        at = native.ctypes.addressof(matrix)
+        library.matrix_product(at, rows.data_ptr(), len(rows), out.ctypes.data, threads)
+        return out
+
+    alone = np.concatenate([product(row[None], 1) for row in x])
+    np.testing.assert_allclose(alone, (x.double() @ weight.double().T).numpy(), rtol=0, atol=1e-4)
+    for count, threads in ((2, 1), (7, 2), (21, 3)):
+        assert np.array_equal(product(x[:count], threads), alone[:count])
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "qwen2-tied", "v3-mtp"])
+def test_large_models_are_read_where_they_lie(name, monkeypatch):
+    """Row after row instead of panels: another order of the same sums."""
+    model = model_of(name)
+    vocab = model.config.vocab_size
+    texts = sequences(vocab, (70, 9))
+    panels = run(runner_of(model, vocab), texts, 50, vocab)
+    monkeypatch.setattr(native, "MOST_PANELS", 0)
+    rows = [run(runner_of(model, vocab), texts, cuts, vocab) for cuts in (50, 1)]
+    for one, two, three in zip(panels, *rows, strict=True):
+        assert not np.array_equal(one, two)
+        np.testing.assert_allclose(one, two, atol=1e-4)
+        assert np.array_equal(two, three)
+
+
+def test_changed_weights_are_used_once_reloaded():
+    model = model_of("qwen2-tied")
+    vocab = model.config.vocab_size
+    texts, runner = sequences(vocab, (70,)), runner_of(model, vocab)
+    before = run(runner, texts, 50, vocab)[0]
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    runner.reload()
+    after = run(runner, texts, 50, vocab)[0]
+    assert not np.array_equal(after, before)
+    assert np.array_equal(after, run(runner_of(model, vocab), texts, 50, vocab)[0])
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 3.0])
 def test_the_draw_equals_numpys(temperature, top_p):

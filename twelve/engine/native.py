@@ -33,7 +33,11 @@ SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 HUGE, LINE = 2**21, 64  # bytes
 MOST_ROTATED = 512  # elements of a head: model.h's rotate
-NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 = range(5)  # matmul.h's Kind
+NONE, FLOAT32, BFLOAT16, PANELS, PACKED8, PACKED4 = range(6)  # matmul.h's Kind
+PANEL = 16  # outputs
+# Bytes of float32 matrices up to which a second copy is made, in panels: it multiplies many rows up to twice as fast. A
+# large model's single rows are bound by reading every weight once, and would gain nothing for that memory.
+MOST_PANELS = 2**26
 
 pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -109,6 +113,7 @@ def library() -> ctypes.CDLL | None:
     found.engine_pages.argtypes = [pointer, pointer, pointer]
     found.engine_step.argtypes = [pointer, pointer, pointer, integer]
     found.engine_draft.argtypes = [pointer, pointer, pointer, pointer, integer]
+    found.panels_fill.argtypes = [pointer, integer, integer, integer, pointer]
     found.matrix_product.argtypes = [pointer, pointer, integer, pointer, integer]
     return found
 
@@ -119,6 +124,12 @@ def _processor() -> str:
         return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     except OSError:
         return platform.processor() + platform.machine()
+
+
+def _panel_bytes(matrices: Tensor) -> int:
+    """What float32 matrices [..., rows, columns] take in panels."""
+    rows, columns = matrices.shape[-2:]
+    return 4 * matrices[..., 0, 0].numel() * -(-rows // PANEL) * PANEL * columns
 
 
 def available(model) -> bool:
@@ -160,8 +171,21 @@ def settle(model) -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def native_page_shape(config, layers: int) -> list[tuple[int, ...]]:
+    """`runner.page_shape` of a NativeRunner's pages.
+
+    Keys of grouped-query attention lie as [kv_heads, PAGE / 16, head_dim, 16]: sixteen tokens' keys are one stretch of
+    memory, transposed.
+    """
+    if config.is_mla:
+        return page_shape(config, layers)
+    heads, width = config.num_key_value_heads, config.head_dim
+    return [(heads * (PAGE // PANEL) * width, PANEL), (heads * PAGE, width)] * layers
+
+
 class NativeRunner:
-    """A `runner.Runner` that reads the model's own weights where they lie, as floats or packed.
+    """A `runner.Runner` that reads the model's own weights where they lie, as floats or packed; a small model's float32
+    matrices from a copy in panels (see MOST_PANELS).
 
     A row's result depends on its own sequence only, to the last bit: every output is one sum in one fixed order,
     whichever rows, chunks or threads surround it. Latent attention always runs absorbed; keys are read page by page.
@@ -183,22 +207,26 @@ class NativeRunner:
         settle(model)
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         sizes = [sum(int(np.prod(shape)) for shape in block.self_attn.cache_shapes()) for block in blocks]
-        self.page_shape = page_shape(model.config, len(blocks))
+        self.page_shape = native_page_shape(model.config, len(blocks))
         self.page_bytes = PAGE * sum(sizes) * 4
         self.build = Path(self._library._name).stem  # another compiler's or processor's sums may round otherwise
         self.cache_bytes_per_token = sum(sizes[: len(model.layers)]) * 4
+        # one stretch for good, filled anew by each `reload`
+        size = sum(_panel_bytes(p) for p in model.parameters() if p.dim() > 1 and p.dtype == torch.float32)
+        self._panels = huge_zeros(size) if size <= MOST_PANELS else None
         self._engine = None
         self.reload()
 
     def reload(self) -> None:
         """Read the addresses of the weights anew, and copy what is not used where it lies."""
         model, c = self._model, self._model.config
+        self._filled = 0  # bytes of `_panels` that hold one
         self._kept: list[object] = []  # everything that native code holds the address of
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         layers = (Layer * len(blocks))(*map(self._layer, blocks))
         modules = (Module * max(1, len(model.mtp)))(*map(self._module, model.mtp))
         frequencies, rope_scale = inverse_frequencies(c)
-        embedding, tied = self._matrix(model.embed_tokens), c.tie_word_embeddings
+        embedding, tied = self._matrix(model.embed_tokens, rows=True), c.tie_word_embeddings
         groups, choosing = c.n_group or 1, c.topk_method != "greedy"
         self._described = Model(
             layers=len(model.layers), modules=len(model.mtp), hidden=c.hidden_size, vocabulary=self._vocab_size,
@@ -211,8 +239,9 @@ class NativeRunner:
             group_best=2 if c.topk_method == "noaux_tc" else 1, softmax=c.scoring_func == "softmax",
             normalise=c.norm_topk_prob, norm_eps=c.rms_norm_eps, latent_eps=1e-6, scale=softmax_scale(c),
             rope_scale=rope_scale, routed_scale=c.routed_scaling_factor, embedding=embedding,
-            head=embedding if tied else self._matrix(model.lm_head), final_norm=self._vector(model.norm.weight),
-            frequencies=self._vector(frequencies), layer=ctypes.addressof(layers), module=ctypes.addressof(modules),
+            head=self._matrix(model.embed_tokens if tied else model.lm_head),
+            final_norm=self._vector(model.norm.weight), frequencies=self._vector(frequencies),
+            layer=ctypes.addressof(layers), module=ctypes.addressof(modules),
         )  # fmt: skip
         self._kept += [layers, modules]
         if self._engine is not None:
@@ -318,7 +347,7 @@ class NativeRunner:
         layer = Layer(**{field: self._vector(tensors.get(name)) for field, name in LAYER_VECTORS.items()})
         for field, names in LAYER_MATRICES.items():
             found = next((modules[name] for name in names.split() if name in modules), None)
-            setattr(layer, field, self._matrix(found, copy=field == "router"))
+            setattr(layer, field, self._matrix(found, floats=field == "router"))
         if "mlp.experts" in modules:
             experts = modules["mlp.experts"]
             packed = isinstance(experts, QuantizedExperts)
@@ -338,24 +367,33 @@ class NativeRunner:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    def _matrix(self, module: nn.Module | None, copy: bool = False) -> ctypes.Structure:
+    def _matrix(self, module: nn.Module | None, rows: bool = False, floats: bool = False) -> ctypes.Structure:
+        """rows: one after the other, never panels. floats: that, in float32."""
         if module is None:
             return Matrix()
         bias = self._vector(getattr(module, "bias", None))
         if isinstance(module, QuantizedLinear):
             matrix = self._packed(module.packed)
         else:
-            matrix = self._stack((module.weight.float() if copy else module.weight)[None])
+            matrix = self._stack((module.weight.float() if floats else module.weight)[None], rows or floats)
         matrix.bias = bias
         return matrix
 
-    def _stack(self, tensor: Tensor) -> ctypes.Structure:
-        """Float matrices [E, rows, columns]."""
+    def _stack(self, tensor: Tensor, rows: bool = False) -> ctypes.Structure:
+        """Float matrices [E, rows, columns]; in panels where there is room and not `rows`."""
         kept = tensor.detach().contiguous()
-        self._kept.append(kept)
         kind = BFLOAT16 if kept.dtype == torch.bfloat16 else FLOAT32
-        return Matrix(weights=kept.data_ptr(), kind=kind, rows=kept.shape[1], columns=kept.shape[2],
-                      weights_stride=kept[0].nbytes)  # fmt: skip
+        matrix = Matrix(weights=kept.data_ptr(), kind=kind, rows=kept.shape[1], columns=kept.shape[2],
+                        weights_stride=kept[0].nbytes)  # fmt: skip
+        size = _panel_bytes(kept)
+        if kind == FLOAT32 and not rows and self._panels is not None and self._filled + size <= len(self._panels):
+            panels = self._panels.ctypes.data + self._filled
+            self._filled += size
+            self._library.panels_fill(kept.data_ptr(), *kept.shape, panels)
+            matrix.weights, matrix.kind, matrix.weights_stride = panels, PANELS, size // len(kept)
+        else:
+            self._kept.append(kept)
+        return matrix
 
     def _packed(self, packed: Packed) -> ctypes.Structure:
         weights, scales = packed.weights.contiguous(), packed.scales.contiguous()

@@ -4,6 +4,7 @@ Keys and values live in pages of PAGE tokens. A page is one block of memory for 
 modules); within it a layer has
     latent attention:         [PAGE, kv_lora_rank + qk_rope_head_dim]: normalised latent, then rotated shared key
     grouped-query attention:  keys, transposed, [kv_heads, head_dim, PAGE]; then values [kv_heads, PAGE, head_dim]
+(NativeRunner cuts the transposed keys into stretches of 16 tokens: see native.native_page_shape.)
 Position p of a sequence is row p % PAGE of its page p // PAGE.
 """
 

@@ -49,6 +49,6 @@ static void absorb_page(AttentionScratch& s, int64_t queries, const float* value
         s.top[m] = now;
         s.total[m] = s.total[m] * s.keep[m] + sum(total);
     }
-    outer_product(s.score.data(), PAGE, values, value_stride, queries, deepest, width, s.mixed.data(), width,
-                  s.keep.data());
+    outer_product(s.score.data(), PAGE, values, value_stride, LANES, queries, deepest, width, s.mixed.data(),
+                  width, s.keep.data());
 }

@@ -15,11 +15,11 @@ struct AttentionLayers : State {
         const int64_t width = m.latent ? entry : head_size;
         float *low = bounds + (page * m.layers + layer) * bound_floats + head * 2 * width, *high = low + width;
         for (int64_t i = 0; i < width; ++i) {
-            const float* from = m.latent ? keys + i : keys + (head * head_size + i) * PAGE;
-            const int64_t stride = m.latent ? entry : 1;
-            low[i] = high[i] = from[0];
-            for (int64_t k = 1; k < PAGE; ++k)
-                low[i] = std::min(low[i], from[k * stride]), high[i] = std::max(high[i], from[k * stride]);
+            low[i] = INFINITY, high[i] = -INFINITY;
+            for (int64_t k = 0; k < PAGE; ++k) {
+                const float x = keys[m.latent ? k * entry + i : key_place(head, k) + i * LANES];
+                low[i] = std::min(low[i], x), high[i] = std::max(high[i], x);
+            }
         }
     }
 
@@ -103,8 +103,8 @@ struct AttentionLayers : State {
         // W_UK moves into the query: heads attend over the latents themselves
         for_heads(t, b, [&](int64_t h, int64_t r, int64_t rows) {
             outer_product(query.data() + r * query_size + h * head_size, query_size, w.kv_b + h * both_sizes * m.rank,
-                          m.rank, rows, m.nope, m.rank, absorbed.data() + (r * m.heads + h) * entry, m.heads * entry,
-                          nullptr);
+                          m.rank, LANES, rows, m.nope, m.rank, absorbed.data() + (r * m.heads + h) * entry,
+                          m.heads * entry, nullptr);
         });
         t.wait();
         for_units(t, index, [&](const Unit& u, AttentionScratch& s) {
@@ -173,6 +173,24 @@ struct AttentionLayers : State {
         }
     }
 
+    // Where a head's key of a page's i-th token begins, its elements LANES apart; and where its value does. Keys lie
+    // transposed, [kv_heads, PAGE / LANES, head, LANES]; values [kv_heads, PAGE, head].
+    int64_t key_place(int64_t head, int64_t i) const {
+        return head * head_size * PAGE + i / LANES * head_size * LANES + i % LANES;
+    }
+    int64_t value_place(int64_t head, int64_t i) const { return ((m.kv_heads + head) * PAGE + i) * head_size; }
+
+    // Ask for the lines that row r's key and value will be written to: else every one of them is waited for. Always
+    // inlined: to the compiler a function of prefetches alone does nothing, and is left out.
+    __attribute__((always_inline)) void fetch_places(int64_t r, int64_t index, const Batch& b) const {
+        const int64_t at = row_position[r] % PAGE;
+        const float* page = cache(row_sequence[r], row_position[r] / PAGE, index, b);
+        for (int64_t h = 0; h < m.kv_heads; ++h) {
+            for (int64_t i = 0; i < head_size; ++i) __builtin_prefetch(page + key_place(h, at) + i * LANES, 1);
+            for (int64_t i = 0; i < head_size; i += LANES) __builtin_prefetch(page + value_place(h, at) + i, 1);
+        }
+    }
+
     void grouped_attention(const Team& t, const Batch& b, int64_t index, const Layer& w, int64_t begin, int64_t end) {
         const int64_t half = m.rope / 2;
         float* values = kv.data() + b.rows * kv_size;
@@ -184,13 +202,14 @@ struct AttentionLayers : State {
             const int64_t position = row_position[r], at = position % PAGE;
             float* page = cache(row_sequence[r], position / PAGE, index, b);
             const float *cos = cosines.data() + r * half, *sin = sines.data() + r * half;
+            if (r + 1 < end) fetch_places(r + 1, index, b);
             for (int64_t h = 0; h < m.kv_heads; ++h) {
-                float *k = kv.data() + r * kv_size + h * head_size, *to = page + h * head_size * PAGE + at;
+                float *k = kv.data() + r * kv_size + h * head_size, *to = page + key_place(h, at);
                 if (w.k_norm) rms_norm(k, k, w.k_norm, head_size, m.norm_eps);
                 rotate(k, cos, sin, half, false);
-                for (int64_t i = 0; i < head_size; ++i) to[i * PAGE] = k[i];  // keys lie transposed in a page
-                std::memcpy(page + (m.kv_heads + h) * head_size * PAGE + at * head_size,
-                            values + r * kv_size + h * head_size, head_size * sizeof(float));
+                for (int64_t i = 0; i < head_size; ++i) to[i * LANES] = k[i];
+                std::memcpy(page + value_place(h, at), values + r * kv_size + h * head_size,
+                            head_size * sizeof(float));
             }
             for (int64_t h = 0; h < m.heads; ++h) {
                 float* q = query.data() + r * query_size + h * head_size;
@@ -208,9 +227,9 @@ struct AttentionLayers : State {
                 std::memcpy(s.query.data() + i * size, query.data() + (u.row + i) * query_size + u.head * head_size,
                             size * sizeof(float));
             attend(s, b, u, index, queries, head_size, group, [&](const float* page, int64_t deepest) {
-                outer_product(s.query.data(), head_size, page + group * head_size * PAGE, PAGE, queries, head_size,
-                              whole(deepest, LANES), s.score.data(), PAGE, nullptr);
-                return std::pair<const float*, int64_t>{page + (m.kv_heads + group) * head_size * PAGE, head_size};
+                outer_product(s.query.data(), head_size, page + key_place(group, 0), LANES, head_size * LANES, queries,
+                              head_size, whole(deepest, LANES), s.score.data(), PAGE, nullptr);
+                return std::pair<const float*, int64_t>{page + value_place(group, 0), head_size};
             });
             for (int64_t q = 0; q < queries; ++q) {
                 float *to = mixed.row(u.row + q / u.heads) + (u.head + q % u.heads) * head_size,

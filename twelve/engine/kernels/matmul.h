@@ -1,12 +1,10 @@
-// Products with float32, bfloat16 and packed 8- and 4-bit weights, and the two small products of attention.
+// Products with float32 (rows or panels), bfloat16 and packed 8- and 4-bit weights, and the two small products of
+// attention.
 
 #pragma once
 #include <algorithm>
 #include <cstdlib>
 #include "vec.h"
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 6;  // accumulators fill the 32 registers
@@ -18,7 +16,9 @@ constexpr int64_t AHEAD =
 constexpr float OUTLIER = 5;               // times the root mean square of its block
 constexpr int64_t PANEL = 16, BLOCK = 32;  // rows of a packed panel, columns of a block
 
-enum Kind : int64_t { NONE, FLOAT32, BFLOAT16, PACKED8, PACKED4 };
+static int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+enum Kind : int64_t { NONE, FLOAT32, BFLOAT16, PANELS, PACKED8, PACKED4 };  // PANELS: of float32
 
 // A weight matrix [rows, columns], or a stack of them with a fixed distance between one and the next. The layout of
 // packed ones is described in twelve/quantize.py.
@@ -309,6 +309,60 @@ static void packed_product(const Matrix& w, const Rows& in, int64_t rows, int64_
         }
 }
 
+// --- float panels, [outputs / 16 up, columns, 16]: sixteen outputs at a time, no sums across lanes
+// ----------------------------------
+
+// out [count, rows / 16 up, columns, 16] = w [count, rows, columns]; what a last panel lacks stays as it was
+static void fill_panels(const float* w, int64_t count, int64_t rows, int64_t columns, float* out) {
+    const int64_t panels = whole(rows, PANEL) / PANEL;
+#pragma omp parallel for
+    for (int64_t p = 0; p < count * panels; ++p) {
+        const int64_t first = p % panels * PANEL, have = std::min(PANEL, rows - first);
+        const float* from = w + (p / panels * rows + first) * columns;
+        float* to = out + p * columns * PANEL;
+        for (int64_t k = 0; k < columns; ++k)
+            for (int64_t i = 0; i < have; ++i) to[k * PANEL + i] = from[i * columns + k];
+    }
+}
+
+// acc [M, V, 16] += a [M, depth] . b: row k of its v-th sixteen columns lies at b + k * b_stride + v * across
+template <int M, int V>
+INLINE void add_outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t across, int64_t depth,
+                      Vec (&acc)[M][V]) {
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec row[V];
+        for (int v = 0; v < V; ++v) {
+            const float* at = b + k * b_stride + v * across;
+            if (M == 1) __builtin_prefetch((const char*)at + AHEAD);
+            row[v] = load(at);
+        }
+        for (int m = 0; m < M; ++m) {
+            Vec x = splat(a[m * a_stride + k]);
+            for (int v = 0; v < V; ++v) acc[m][v] += x * row[v];
+        }
+    }
+}
+
+static void panel_product(const Matrix& w, const Rows& in, int64_t rows, int64_t begin, int64_t end, const Out& out) {
+    const int64_t panel = w.columns * PANEL;
+    auto some = [&](int64_t n, auto panels) {  // their weights stay in the cache while all rows pass
+        constexpr int V = decltype(panels)::value;
+        by_rows<TILE_ROWS>(rows, [&](int64_t r, auto count) {
+            constexpr int M = decltype(count)::value;
+            Vec y[M][V] = {};
+            add_outer<M, V>(in.x + r * in.width, in.width, (const float*)w.weights + n / PANEL * panel, PANEL, panel,
+                            w.columns, y);
+            for (int m = 0; m < M; ++m)
+                for (int v = 0; v < V; ++v)
+                    out.put(r + m, n + v * PANEL, y[m][v], std::min(PANEL, end - n - v * PANEL));
+        });
+    };
+    int64_t n = begin;
+    for (; n + 3 * PANEL < end; n += 4 * PANEL) some(n, std::integral_constant<int, 4>{});
+    for (; n + PANEL < end; n += 2 * PANEL) some(n, std::integral_constant<int, 2>{});
+    if (n < end) some(n, std::integral_constant<int, 1>{});
+}
+
 // --- any weights
 // ----------------------------------------------------------------------------------------------------------
 
@@ -321,6 +375,8 @@ static void product(const Matrix& w, const Rows& in, int64_t rows, float* to, in
             return all_dots(in.x, in.width, rows, (const float*)w.weights, w.columns, w.columns, begin, end, out);
         case BFLOAT16:
             return all_dots(in.x, in.width, rows, (const uint16_t*)w.weights, w.columns, w.columns, begin, end, out);
+        case PANELS:
+            return panel_product(w, in, rows, begin, end, out);
         case PACKED8:
             return w.has_low ? packed_product<8, true>(w, in, rows, begin, end, out)
                              : packed_product<8, false>(w, in, rows, begin, end, out);
@@ -330,40 +386,35 @@ static void product(const Matrix& w, const Rows& in, int64_t rows, float* to, in
     }
 }
 
-// out [M, N] = out * keep + a [M, depth] . b [depth, N]; rows of b may be read up to 15 floats beyond their end
+// out [M, N] = out * keep + a [M, depth] . b [depth, N], b as in `add_outer`; its rows may be read up to 15 floats
+// beyond their end
 template <int M, int V>
-static void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* out,
-                  int64_t out_stride, const float* keep, int64_t width) {
+static void outer(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t across, int64_t depth,
+                  float* out, int64_t out_stride, const float* keep, int64_t width) {
     Vec acc[M][V] = {};
     if (keep)
         for (int m = 0; m < M; ++m)
             for (int v = 0; v < V; ++v)
                 acc[m][v] = load_some(out + m * out_stride + v * LANES, std::min(LANES, width - v * LANES)) * keep[m];
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec row[V];
-        for (int v = 0; v < V; ++v) row[v] = load(b + k * b_stride + v * LANES);
-        for (int m = 0; m < M; ++m) {
-            Vec x = splat(a[m * a_stride + k]);
-            for (int v = 0; v < V; ++v) acc[m][v] += x * row[v];
-        }
-    }
+    add_outer<M, V>(a, a_stride, b, b_stride, across, depth, acc);
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v)
             store_some(out + m * out_stride + v * LANES, acc[m][v], std::min(LANES, width - v * LANES));
 }
 
-static void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t rows,
-                          int64_t depth, int64_t width, float* out, int64_t out_stride, const float* keep) {
+static void outer_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t across,
+                          int64_t rows, int64_t depth, int64_t width, float* out, int64_t out_stride,
+                          const float* keep) {
     for (int64_t n = 0, taken; n < width; n += taken) {
         const int64_t left = width - n;
         taken = left > 3 * LANES ? 4 * LANES : left > LANES ? 2 * LANES : LANES;
         by_rows<TILE_ROWS>(rows, [&](int64_t r, auto count) {
             constexpr int M = decltype(count)::value;
-            const float *x = a + r * a_stride, *y = b + n, *kept = keep ? keep + r : nullptr;
+            const float *x = a + r * a_stride, *y = b + n / LANES * across, *kept = keep ? keep + r : nullptr;
             float* to = out + r * out_stride + n;
-            if (taken == 4 * LANES) outer<M, 4>(x, a_stride, y, b_stride, depth, to, out_stride, kept, left);
-            else if (taken == 2 * LANES) outer<M, 2>(x, a_stride, y, b_stride, depth, to, out_stride, kept, left);
-            else outer<M, 1>(x, a_stride, y, b_stride, depth, to, out_stride, kept, left);
+            if (taken == 4 * LANES) outer<M, 4>(x, a_stride, y, b_stride, across, depth, to, out_stride, kept, left);
+            else if (taken == 2 * LANES) outer<M, 2>(x, a_stride, y, b_stride, across, depth, to, out_stride, kept, left);
+            else outer<M, 1>(x, a_stride, y, b_stride, across, depth, to, out_stride, kept, left);
         });
     }
 }

@@ -42,8 +42,6 @@ struct Draws {
     float *logprobs, *logits;  // out; logits [count, vocabulary] or null
 };
 
-static int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 static void rms_norm(float* out, const float* x, const float* weight, int64_t n, double eps) {
     float scale = 1.0f / std::sqrt(dot(x, x, n) / n + (float)eps);
     for (int64_t i = 0; i < n; i += LANES) {

@@ -7,18 +7,46 @@
 #include <vector>
 #include "vec.h"
 
+typedef uint32_t UVec __attribute__((vector_size(64)));
+typedef uint64_t Wide __attribute__((vector_size(64)));
+
+INLINE Wide even_products(Wide x, uint32_t by) {  // of the lower words
+#if defined(__AVX512F__)
+    return (Wide)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(by));
+#else
+    return (x & 0xFFFFFFFF) * by;
+#endif
+}
+
+// The high and low halves of the products of sixteen words with one.
+INLINE void multiply_words(UVec x, uint32_t by, UVec& high, UVec& low) {
+    Wide pairs;
+    std::memcpy(&pairs, &x, sizeof x);
+    const Wide even = even_products(pairs, by), odd = even_products(pairs >> 32, by),
+               tops = (even >> 32) | (odd & 0xFFFFFFFF00000000);
+    std::memcpy(&high, &tops, sizeof high);
+    low = x * by;
+}
+
 // Philox4x32-10 (Salmon et al. 2011) for sixteen counters at once: words[4][16] for the counters first..first+15.
-static void philox(uint32_t first, uint32_t position, const uint32_t* key, uint32_t words[4][LANES]) {
-    uint32_t a[LANES], b[LANES], c[LANES], d[LANES], k0 = key[0], k1 = key[1];
-    for (int i = 0; i < LANES; ++i) a[i] = first + i, b[i] = position, c[i] = key[2], d[i] = key[3];
-    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85)
-        for (int i = 0; i < LANES; ++i) {
-            uint64_t p = (uint64_t)a[i] * 0xD2511F53, q = (uint64_t)c[i] * 0xCD9E8D57;
-            a[i] = uint32_t(q >> 32) ^ b[i] ^ k0, b[i] = (uint32_t)q;
-            c[i] = uint32_t(p >> 32) ^ d[i] ^ k1, d[i] = (uint32_t)p;
-        }
-    std::memcpy(words[0], a, sizeof a), std::memcpy(words[1], b, sizeof b);
-    std::memcpy(words[2], c, sizeof c), std::memcpy(words[3], d, sizeof d);
+INLINE void philox(uint32_t first, uint32_t position, const uint32_t* key, uint32_t words[4][LANES]) {
+    const UVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    UVec a = lane + first, b = UVec{} + position, c = UVec{} + key[2], d = UVec{} + key[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+        UVec p, p_low, q, q_low;
+        multiply_words(a, 0xD2511F53, p, p_low), multiply_words(c, 0xCD9E8D57, q, q_low);
+        a = q ^ b ^ k0, b = q_low, c = p ^ d ^ k1, d = p_low;
+    }
+    const UVec all[4] = {a, b, c, d};
+    std::memcpy(words, all, sizeof all);
+}
+
+// 2^-32 of sixteen words
+INLINE Vec fractions(const uint32_t* words) {
+    UVec w;
+    std::memcpy(&w, words, sizeof w);
+    return __builtin_convertvector(w, Vec) * 0x1p-32f;
 }
 
 // A token's share of the stream: 64 tokens take four words of sixteen counters.
@@ -31,10 +59,21 @@ static uint32_t noise_bits(uint32_t token, uint32_t position, const uint32_t* ke
 static double gumbel(uint32_t bits) { return -std::log(-std::log1p(-(bits + 0.5) * 0x1p-32)); }
 
 static int64_t most_likely(const float* logits, int64_t n) {
-    int64_t best = 0;
-    for (int64_t i = 0; i < n; ++i)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    float top = logits[0];
+    int64_t i = 0;
+    if (n >= LANES) {
+        Vec most = load(logits);
+        for (; i + LANES <= n; i += LANES) most = larger(load(logits + i), most);
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (std::isnan(most[lane])) return lane;
+            top = most[lane] > top ? most[lane] : top;
+        }
+    }
+    for (; i < n; ++i) top = logits[i] > top ? logits[i] : top;
+    for (i = 0; i + LANES <= n && !any(load(logits + i) == top); i += LANES) continue;
+    for (; i < n; ++i)
+        if (logits[i] == top) return i;
+    return 0;  // they are not numbers
 }
 
 // log softmax(logits)[token]
@@ -94,9 +133,10 @@ static int64_t draw(const float* logits, int64_t n, int64_t likely, float temper
             const int64_t first = block + w * LANES, count = std::min(LANES, n - first);
             Vec x = count == LANES ? load(logits + first) : load_some(logits + first, count);
             // -log(1 - v) >= v, so a token can only win if v < e^(logit / temperature - leader); with room for rounding
-            Vec limit = exponential((x - top) * (1.0f / temperature) - (float)leader + 1e-3f);
+            Vec limit = exponential((x - top) * (1.0f / temperature) - (float)leader + 1e-3f), v = fractions(words[w]);
+            if (!any(v <= limit)) continue;
             for (int64_t i = 0; i < count; ++i)
-                if (words[w][i] * 0x1p-32f <= limit[i]) consider(first + i, words[w][i]);
+                if (v[i] <= limit[i]) consider(first + i, words[w][i]);
         }
     }
     return best;

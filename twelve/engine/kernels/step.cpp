@@ -159,6 +159,10 @@ void engine_draft(Engine* engine, const Batch* batch, const int64_t* from, const
     engine->draft(*batch, from, *draws, threads);
 }
 
+void panels_fill(const float* w, int64_t count, int64_t rows, int64_t columns, float* out) {
+    fill_panels(w, count, rows, columns, out);
+}
+
 // One product by itself, for tests and measurements: x [rows, columns] -> out [rows, w.rows].
 void matrix_product(const Matrix* w, const float* x, int64_t rows, float* out, int64_t threads) {
     Buffer in;

@@ -10,6 +10,9 @@
 #include <cstring>
 #include <new>
 #include <vector>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t IVec __attribute__((vector_size(64)));
@@ -47,7 +50,7 @@ INLINE Vec load(const float* p) {
     return v;
 }
 INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-INLINE Vec splat(float x) { return Vec{} + x; }
+INLINE Vec splat(float x) { return x - Vec{}; }  // not +: that would have to turn -0 into 0
 INLINE IVec isplat(int32_t x) { return IVec{} + x; }
 INLINE IVec bits(Vec v) {
     IVec i;
@@ -60,6 +63,12 @@ INLINE Vec from_bits(IVec i) {
     return v;
 }
 INLINE Vec pick(IVec mask, Vec yes, Vec no) { return from_bits((mask & bits(yes)) | (~mask & bits(no))); }
+INLINE bool any(IVec mask) {
+    int64_t words[8], found = 0;
+    std::memcpy(words, &mask, sizeof words);
+    for (int64_t word : words) found |= word;
+    return found;
+}
 INLINE Vec larger(Vec a, Vec b) { return pick(a > b, a, b); }
 
 INLINE Vec load_some(const float* p, int64_t n) {  // the first n of sixteen, the rest zero
