@@ -25,7 +25,7 @@ from twelve.train.run import Prepared, run
 MINUTES = 10.0  # where neither minutes nor steps are given
 ADAPTERS_FROM = 20_000_000  # parameters; a larger model is trained through adapters unless told otherwise
 RANK = 16
-LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 3e-4  # docs/lab.md
+LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 2e-4  # docs/lab.md
 MAX_TOKENS = 128
 
 
