@@ -2,6 +2,8 @@
 
 from random import Random
 
+from twelve.tasks.verify import is_equal
+
 NAMES = ["order {n}", "order no. {n}", "my order, number {n},", "the parcel of order {n}"]
 MESSAGES = [
     "{order} has not arrived after {days} days.",
@@ -27,4 +29,4 @@ def generate(seed):
 
 
 def score(problem, text):
-    return text.strip().rstrip(".") == problem.answer  # this number and nothing else
+    return is_equal(problem.answer, text.strip().rstrip("."))  # this number, however it is written, and nothing else
