@@ -137,7 +137,7 @@ class Reinforcement(Trainer):
             weights = answer_weights(lengths, counted[part].flatten(), self.objective.loss, self.max_tokens)
             self._accumulate(
                 self._read([groups[index] for index in part]) if before is None else before[number],
-                gains[part].flatten(), weights, totals, first=number == 0,
+                gains[part].flatten(), weights, totals,
             )  # fmt: skip
             norms.append(self.update(rate, totals["loss"]))
         if kept:
@@ -163,6 +163,8 @@ class Reinforcement(Trainer):
             for batch in batches if self.plan.options["updates"] > 1 else ():
                 batch["old"], _, routings = logprobs(self.model, batch["rows"], *self._sampling)
                 batch["routing"] = [routing.experts for routing in routings]
+            for batch in batches if self.temperature != 1 else ():  # the sampler's are at temperature 1
+                batch["untempered"] = logprobs(self.model, batch["rows"], self.tokenizer.vocab_size)[0]
             if self.objective.kl:
                 with contextlib.nullcontext(self.reference) if self.reference else lora.bare(self.model) as reference:
                     for batch in batches:
@@ -173,9 +175,7 @@ class Reinforcement(Trainer):
     def _sampling(self) -> tuple[int, float]:
         return self.tokenizer.vocab_size, self.temperature
 
-    def _accumulate(
-        self, batches: list[dict[str, Any]], gains: Tensor, weights: Tensor, totals: Counter, first: bool
-    ) -> None:
+    def _accumulate(self, batches: list[dict[str, Any]], gains: Tensor, weights: Tensor, totals: Counter) -> None:
         """Add the gradients of the batches, and their figures to `totals`."""
         gains, weights = gains.to(self.model.device), weights.to(self.model.device)
         for batch in batches:
@@ -185,12 +185,9 @@ class Reinforcement(Trainer):
             self._force(None)
             old = batch.get("old", now.detach())  # nothing has changed before the first update
             sampled = rows.sampled if self.temperature == 1 else old
-            same = 1.0
-            if first:
-                same = self._same_policy(old if self.temperature == 1 else self._untempered(rows), rows, gains, totals)
-            terms = policy_loss(
-                now, old, sampled, batch.get("reference"), rows.answers, gains, weights * same, self.objective
-            )  # fmt: skip
+            used = weights * self._same_policy(batch.get("untempered", old), rows, gains, totals)
+            reference = batch.get("reference")
+            terms = policy_loss(now, old, sampled, reference, rows.answers, gains, used, self.objective)
             terms.loss.backward()
             totals.update(
                 loss=terms.loss.item(), tokens=len(rows.targets), entropy=entropy.sum().item(), kl=terms.kl,
@@ -200,10 +197,6 @@ class Reinforcement(Trainer):
     def _force(self, routing: list[Tensor] | None) -> None:
         for index, router in enumerate(self.routers[: len(routing or self.routers)]):
             router.forced = routing[index] if routing else None
-
-    def _untempered(self, rows: Rows) -> Tensor:
-        with torch.no_grad():
-            return logprobs(self.model, rows, self.tokenizer.vocab_size)[0]
 
     def _same_policy(self, mine: Tensor, rows: Rows, answers: Tensor, totals: Counter) -> Tensor:
         """1 for each of the `answers` [A] that trainer and sampler gave the same log-probabilities, 0 for another; the
