@@ -160,3 +160,14 @@ def test_ctrl_c_in_a_process_is_status_130():
     assert process.stdout.readline() == "on\n"
     os.kill(process.pid, signal.SIGINT)
     assert process.communicate(timeout=10)[1] == "twelve: stopped: interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("given, said", [
+    ("colour=red", "--set colour: there is no such setting, only updates, loss, "),
+    ("kl=-1", "--set kl: '-1' is not a number from 0 on"),
+    ("mask_overlong=yes", "--set mask_overlong: 'yes' is neither on nor off"),
+    ("kl", "'kl' is not of the form NAME=VALUE"),
+])  # fmt: skip
+def test_a_finer_setting_that_is_wrong_is_said(given, said, capsys):
+    assert cli.main(["rl", "model", "--task", "arithmetic", "--set", given]) == 2
+    assert said in capsys.readouterr().err

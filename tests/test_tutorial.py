@@ -48,7 +48,7 @@ def test_options_in_the_text_exist(path, capsys):
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.name)
 def test_the_task_file_shown_is_the_file(path):
     assert blocks(path, "python")[0] == EXAMPLE.read_text(encoding="utf-8")
-    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 30
+    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 32
 
 
 def test_both_languages_go_the_same_way():
@@ -62,19 +62,27 @@ def test_both_languages_go_the_same_way():
 
 
 def test_the_first_idea_for_the_checker_fails_the_audit_as_the_tutorial_says(tmp_path, capsys):
-    naive = re.search(r"^    (return \[desk.*)$", TUTORIALS[0].read_text(encoding="utf-8"), re.MULTILINE)[1]
+    told = [re.search(r"^    (return problem.*)\n\n.*?(\d,\d{3})\D", path.read_text(encoding="utf-8").replace("10,000", ""),
+                      re.MULTILINE) for path in TUTORIALS]  # fmt: skip
     source = EXAMPLE.read_text(encoding="utf-8")
     path = tmp_path / "naive.py"
-    path.write_text(source[: source.index("    return text.strip")] + f"    {naive}\n")
-    assert cli.main(["eval", "--audit", str(path), "--wrong-answers", "300", "--json"]) == 0
-    [found] = json.loads(capsys.readouterr().out)["tasks"]
-    assert not found["passed"] and found["false_accepts"]["kinds"]["denied"]["failed"]
+    path.write_text(source[: source.index("    return is_equal")] + f"    {told[0][1]}\n")
+    assert cli.main(["eval", "--audit", str(path), str(EXAMPLE), "--json"]) == 0
+    naive, now = json.loads(capsys.readouterr().out)["tasks"]
+    assert not naive["passed"] and now["passed"]
+    for found in (naive, now):
+        assert found["false_accepts"]["tried"] == 10_000
+    assert [each.groups() for each in told] == [(told[0][1], f"{naive['false_accepts']['failed']:,}")] * 2
+    assert naive["false_accepts"]["kinds"]["several answers"]["failed"]
 
 
 def test_the_way_from_the_idea_to_an_answer_over_http(tmp_path, monkeypatch, capsys):
-    """Every command of the tutorial in its order, but for the chat; smollm2 is a tiny model that guesses."""
+    """Every command of the tutorial in its order, but for the chat; smollm2 is a tiny model that guesses one of two."""
     (tmp_path / "examples").mkdir()
-    shutil.copy(EXAMPLE, tmp_path / "examples")
+    drawn = "number = draw.randint(1000, 9999)"
+    source = EXAMPLE.read_text(encoding="utf-8")
+    assert drawn in source
+    (tmp_path / "examples" / "mine.py").write_text(source.replace(drawn, "number = draw.choice((3086, 9451))"))
     monkeypatch.chdir(tmp_path)
     task = "examples/mine.py"
     base = _beginner(tmp_path / "base", task)
@@ -84,18 +92,18 @@ def test_the_way_from_the_idea_to_an_answer_over_http(tmp_path, monkeypatch, cap
     assert audited["passed"] and audited["tasks"][0]["false_accepts"]["tried"] == 300
     assert 0 < before["tasks"][0]["accuracy"] < 1 and rl["accuracy_before"] == before["tasks"][0]["accuracy"]
     assert rl["steps"] == control["steps"] == 2 and len(later) == 3
-    rows = (tmp_path / "runs/desk/training/metrics.jsonl").read_text().splitlines()
+    rows = (tmp_path / "runs/order/training/metrics.jsonl").read_text().splitlines()
     assert any(json.loads(row)["kept"] > 0 for row in rows)  # there was something to learn from
-    for name in ("desk", "desk-control"):
+    for name in ("order", "order-control"):
         page = (tmp_path / "runs" / name / "training" / "report.html").read_text(encoding="utf-8")
         assert "Groups that taught something" in page and "Largest difference between sampler and trainer" in page
 
-    model, tokenizer = convert.load("runs/desk", packed=True)
+    model, tokenizer = convert.load("runs/order", packed=True)
     engine = Engine(model, tokenizer)
     problem = next(tasks.problems(task, "test", 0, [1], ["en"]))
-    [alone] = engine.generate([Request(prompt_ids(tokenizer, problem), 8, 0.0)])
+    [alone] = engine.generate([Request(prompt_ids(tokenizer, problem), 10, 0.0)])
     assert tasks.score_all([problem], [alone.text])[0] in (0.0, 1.0)
-    with serving(engine, "desk") as url:
+    with serving(engine, "order") as url:
         said = _client(url, problem.question, monkeypatch)
     assert said == alone.text  # the client asks as training asked
 
@@ -103,13 +111,13 @@ def test_the_way_from_the_idea_to_an_answer_over_http(tmp_path, monkeypatch, cap
 def test_a_file_of_real_messages_is_a_task(tmp_path):
     shutil.copy(EXAMPLE, tmp_path)
     (tmp_path / "real.py").write_text(blocks(TUTORIALS[0], "python")[2])
-    rows = [{"question": f"My parcel {number} is lost.", "answer": "delivery"} for number in range(60)]
+    rows = [{"question": f"Parcel {number} is lost.", "answer": number} for number in range(2000, 2060)]
     (tmp_path / "real.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = str(tmp_path / "real.py")
     held_out = list(tasks.problems(name, "test", 0, [1], ["en"]))
     assert 0 < len(held_out) < 20
-    assert tasks.score_all(held_out[:1], ["Delivery."]) == [1.0]
-    assert asked(held_out[0])[0]["content"].startswith("Which desk")
+    assert tasks.score_all(held_out[:1], [f"{held_out[0].answer}."]) == [1.0]
+    assert asked(held_out[0])[0]["content"].startswith("Which order")
 
 
 def _beginner(path: Path, task: str) -> str:
@@ -151,4 +159,4 @@ def _client(url: str, question: str, monkeypatch) -> str:
     names: dict = {}
     exec(source, names)
     monkeypatch.delitem(sys.modules, "mine")
-    return names["desk"](question)
+    return names["order"](question)

@@ -183,6 +183,29 @@ def test_sampler_and_trainer_that_differ_are_noticed(base, task, tmp_path, monke
         rl(base, tmp_path / "run", [task], steps=2, **SMALL)
 
 
+@pytest.mark.parametrize("experts", [True, False])
+def test_one_answer_whose_routing_flipped_is_left_out(base, task, tokenizer, tmp_path, monkeypatch, experts):
+    """Of a model with experts; without any, nothing explains a difference."""
+    original = reinforcement.sample
+
+    def flipped(*arguments, **named):
+        made = original(*arguments, **named)
+        for number, group in enumerate(made):
+            group.answers[0].logprobs[0] -= 0.5 if number == 0 else 0.0
+        return made
+
+    monkeypatch.setattr(reinforcement, "sample", flipped)
+    model = base if experts else folder(tmp_path / "llama", tokenizer, llama(tokenizer, initializer_range=0.05))
+    if not experts:
+        with pytest.raises(InputError, match=r"differ by 0\.5"):
+            rl(model, tmp_path / "run", [task], steps=2, **SMALL)
+        return
+    rl(model, tmp_path / "run", [task], steps=2, **SMALL)
+    rows = metrics(tmp_path / "run")
+    assert all(row["flipped"] <= 1 and row["difference"] < 1e-5 for row in rows if row["kept"])
+    assert any(row.get("flipped") for row in rows)
+
+
 def test_bad_input_is_one_line(base, task, tmp_path):
     with pytest.raises(InputError, match="name another folder"):
         rl(base, base, [task])
