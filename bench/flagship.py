@@ -21,7 +21,7 @@ from statistics import mean, stdev
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("grpo", "rejection")
-COMPARED = 20  # held-out prompts that transformers answers too
+COMPARED, ANSWER = 20, 10  # held-out prompts that transformers answers too, and tokens of an answer
 
 
 def run(arm: str, seed: int, options) -> dict:
@@ -43,13 +43,15 @@ def run(arm: str, seed: int, options) -> dict:
 
 def drawn(model: str | Path, task: str) -> float:
     """The share of right answers on held-out problems at temperature 1."""
+    from twelve import tasks
     from twelve.convert import load
     from twelve.engine import Engine
     from twelve.evaluate import task_accuracy
 
     network, tokenizer = load(model, device="cpu")
     engine = Engine(network, tokenizer, speculation="off")
-    return task_accuracy(engine, tokenizer, task, n=200, temperature=1.0, max_tokens=8).accuracy
+    most = tasks.get(task).MAX_TOKENS
+    return task_accuracy(engine, tokenizer, task, n=200, temperature=1.0, max_tokens=most).accuracy
 
 
 def alike(model: Path, task: str) -> float:
@@ -64,11 +66,11 @@ def alike(model: Path, task: str) -> float:
 
     network, tokenizer = load(model, device="cpu")
     prompts = [prompt_ids(tokenizer, p) for p in islice(tasks.problems(task, "test", languages=["en"]), COMPARED)]
-    mine = Engine(network, tokenizer, speculation="off").generate(Request(ids, 8, 0.0) for ids in prompts)
+    mine = Engine(network, tokenizer, speculation="off").generate(Request(ids, ANSWER, 0.0) for ids in prompts)
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     same = 0
     for ids, answer in zip(prompts, mine, strict=True):
-        out = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=ANSWER, do_sample=False)[0, len(ids) :].tolist()
         same += out[: len(answer.token_ids)] == answer.token_ids
     return same / len(prompts)
 

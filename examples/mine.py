@@ -4,7 +4,7 @@ from random import Random
 
 from twelve.tasks.verify import is_equal
 
-NAMES = ["order {n}", "order no. {n}", "my order, number {n},", "the parcel of order {n}"]
+NAMES = ["order {n}", "order no. {n}", "my order with the number {n}", "the parcel of order {n}"]
 MESSAGES = [
     "{order} has not arrived after {days} days.",
     "I paid {price} dollars for {order} and got only {pieces} pieces.",
@@ -29,4 +29,4 @@ def generate(seed):
 
 
 def score(problem, text):
-    return is_equal(problem.answer, text.strip().rstrip("."))  # this number, however it is written, and nothing else
+    return is_equal(str(problem.answer), text)  # this number, however it is written, and nothing else

@@ -62,27 +62,24 @@ def test_both_languages_go_the_same_way():
 
 
 def test_the_first_idea_for_the_checker_fails_the_audit_as_the_tutorial_says(tmp_path, capsys):
-    told = [re.search(r"^    (return problem.*)\n\n.*?(\d,\d{3})\D", path.read_text(encoding="utf-8").replace("10,000", ""),
-                      re.MULTILINE) for path in TUTORIALS]  # fmt: skip
+    texts = [path.read_text(encoding="utf-8") for path in TUTORIALS]
+    naive = re.search(r"^    (return problem.*)$", texts[0], re.MULTILINE)[1]
     source = EXAMPLE.read_text(encoding="utf-8")
     path = tmp_path / "naive.py"
-    path.write_text(source[: source.index("    return is_equal")] + f"    {told[0][1]}\n")
+    path.write_text(source[: source.index("    return is_equal")] + f"    {naive}\n")
     assert cli.main(["eval", "--audit", str(path), str(EXAMPLE), "--json"]) == 0
-    naive, now = json.loads(capsys.readouterr().out)["tasks"]
-    assert not naive["passed"] and now["passed"]
-    for found in (naive, now):
-        assert found["false_accepts"]["tried"] == 10_000
-    assert [each.groups() for each in told] == [(told[0][1], f"{naive['false_accepts']['failed']:,}")] * 2
-    assert naive["false_accepts"]["kinds"]["several answers"]["failed"]
+    first, now = json.loads(capsys.readouterr().out)["tasks"]
+    assert now["passed"] and not first["passed"] and first["false_accepts"]["kinds"]["several answers"]["failed"]
+    assert all(f"{first['false_accepts']['failed']:,}" in text for text in texts)
 
 
 def test_the_way_from_the_idea_to_an_answer_over_http(tmp_path, monkeypatch, capsys):
-    """Every command of the tutorial in its order, but for the chat; smollm2 is a tiny model that guesses one of two."""
+    """Every command of the tutorial in its order, but for the chat; with a tiny model and two orders."""
     (tmp_path / "examples").mkdir()
     drawn = "number = draw.randint(1000, 9999)"
     source = EXAMPLE.read_text(encoding="utf-8")
     assert drawn in source
-    (tmp_path / "examples" / "mine.py").write_text(source.replace(drawn, "number = draw.choice((3086, 9451))"))
+    (tmp_path / "examples" / "mine.py").write_text(source.replace(drawn, "number = draw.choice((2047, 5518))"))
     monkeypatch.chdir(tmp_path)
     task = "examples/mine.py"
     base = _beginner(tmp_path / "base", task)
@@ -111,7 +108,7 @@ def test_the_way_from_the_idea_to_an_answer_over_http(tmp_path, monkeypatch, cap
 def test_a_file_of_real_messages_is_a_task(tmp_path):
     shutil.copy(EXAMPLE, tmp_path)
     (tmp_path / "real.py").write_text(blocks(TUTORIALS[0], "python")[2])
-    rows = [{"question": f"Parcel {number} is lost.", "answer": number} for number in range(2000, 2060)]
+    rows = [{"question": f"Parcel {number} is lost.", "answer": str(number)} for number in range(2000, 2060)]
     (tmp_path / "real.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = str(tmp_path / "real.py")
     held_out = list(tasks.problems(name, "test", 0, [1], ["en"]))
