@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3, help="of every arm")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/reasoning"))
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="a picture of `effect`")
     parser.add_argument("--one", nargs=3, metavar=("EXPERIMENT", "ARM", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -217,6 +218,8 @@ def main() -> None:
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         print_table(experiment, [row for row in rows if row["experiment"] == experiment])
     write_report(options.out / "report.html", rows)
+    if options.plot:
+        options.plot.write_text(plot([row for row in rows if row["experiment"] == "effect"]), encoding="utf-8")
 
 
 def _run_all(experiment: str, options) -> None:
@@ -307,6 +310,34 @@ def write_report(path: Path, rows: list[dict]) -> None:
             shown.append(report.bars("Words of the reasoning in the asked language", shares, high=1.0))
         sections.append((experiment, shown))
     report.write_report(path, "Reasoning, with controls", sections)
+
+
+def plot(rows: list[dict]) -> str:
+    """Drawn accuracy at the hard levels by arm, with a whisker of one standard error and a dot a seed, as SVG."""
+    left, width, height = 150, 400, 34
+    parts = []
+    arms = [arm for arm in ARMS["effect"] if any(row["arm"] == arm for row in rows)]
+    for number, arm in enumerate(arms):
+        values = [hard(row, "sampled") for row in rows if row["arm"] == arm]
+        (value, error), y = spread(values), 34 + number * height
+        fill = "#3b6ea8" if arm == "grpo" else "#a9b8c6"
+        parts.append(
+            f'<text x="{left - 10}" y="{y + 15}" text-anchor="end">{NAMES.get(arm, arm)}</text>'
+            f'<rect x="{left}" y="{y}" width="{value * width:.1f}" height="22" fill="{fill}"/>'
+            f'<path d="M{left + (value - error) * width:.1f} {y + 11}h{2 * error * width:.1f}" stroke="#222" '
+            f'stroke-width="2"/><text x="{left + width + 12}" y="{y + 15}">{value:.1%} ± {error:.1%}</text>'
+        )
+        parts += [f'<circle cx="{left + one * width:.1f}" cy="{y + 11}" r="2.5" fill="#222"/>' for one in values]
+    title = f"Right answers at {HARD[0]} to {HARD[-1]} steps, drawn: mean, standard error, and {len(values)} seeds"
+    size = f"{left + width + 130} {44 + len(arms) * height}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="sans-serif" font-size="13">'
+        f'<rect width="100%" height="100%" fill="#fff"/><text x="10" y="20" font-weight="bold">{title}</text>'
+        f"{''.join(parts)}</svg>\n"
+    )
+
+
+NAMES = {"grpo": "GRPO", "rejection": "rejection sampling", "more sft": "more SFT"}
 
 
 if __name__ == "__main__":
