@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from twelve import cli
+from twelve import cli, parser
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
-VERBS = re.findall(r"^  (\w+) ", cli.DESCRIPTION, flags=re.MULTILINE)
+VERBS = re.findall(r"^  (\w+) ", parser.DESCRIPTION, flags=re.MULTILINE)
 
 
 def blocks(path: Path, kind: str) -> list[str]:
