@@ -148,7 +148,6 @@ class Reinforcement(Trainer):
                 "kl": totals["kl"] / tokens, "masked": totals["masked"], "difference": totals["difference"],
                 "flipped": totals["flipped"],
             }  # fmt: skip
-            self.engine.forget()
         return figures
 
     def _overlong(self, answer) -> bool:
@@ -221,6 +220,10 @@ class Reinforcement(Trainer):
             self.memory["before"] = self.measure()
         self.closing = 1.2 * sum(cell["seconds"] for cell in self.memory["before"])
 
+    def changed(self) -> None:
+        super().changed()
+        self.engine.forget()  # it may hold copies of the weights, too
+
     def measure(self) -> list[dict[str, Any]]:
         """Accuracy on held-out problems of every cell, greedily."""
         each = -(-self.plan.options["problems"] // len(self.cells))
@@ -235,7 +238,6 @@ class Reinforcement(Trainer):
         if self._ended and self.healthy.exists():
             load_checkpoint(self.healthy, self.model, self.optimizer)
             self.changed()
-            self.engine.forget()
         after, before = self.measure(), self.memory["before"]
         self.memory["after"] = after
         self.healthy.unlink(missing_ok=True)
