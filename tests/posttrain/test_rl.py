@@ -97,8 +97,9 @@ def test_every_way_of_learning_runs(base, task, tmp_path, options):
 
 def test_sigkill_in_the_middle_ends_with_the_same_weights(base, task, finished, tmp_path):
     out = tmp_path / "run"
+    threads = json.loads((finished[1] / "training" / "plan.json").read_text())["threads"]  # another number, other sums
     code = (
-        "import time\n"
+        f"import time, torch\ntorch.set_num_threads({threads})\n"
         "from twelve.posttrain import reinforcement\n"
         "from twelve.posttrain.rl import rl\n"
         "from twelve.train import loop\n"
