@@ -36,8 +36,8 @@ from twelve.train.loop import Trainer
 from twelve.train.plan import Plan
 
 DIFFERENCE = 1e-3  # nats; a sampler and a trainer that differ more do not have the same policy
-# Where two experts are as good as equal, rounding may send a token to the one here and to the other there: about one
-# choice in a million. Such an answer is left out; more of them are a fault.
+# Where two experts are as good as equal, rounding may send a token to the one here and to the other there. Such an
+# answer is left out; more of them are a fault.
 FLIPPED = 0.01  # of a step's answers, of a model with routed experts
 IDLE = 20  # steps in a row without anything to compare, after which a run ends
 
