@@ -9,8 +9,9 @@ effect      a cold start whose traces are complete for 1 to 3 steps and broken o
             right answers (rejection sampling); more of the cold start's SFT; SFT on complete traces (a ceiling)
 curriculum  GRPO with levels drawn alike against p (1 - p) and gates, on two tasks
 distill     a smaller student under GRPO against the same student taught by the RL-trained model of `effect`: on 200
-            selected or 2,000 random traces, or on its own samples; and in three stages against one
-language    GRPO with and without the language reward, from reasoning in either language at random
+            selected or 2,000 random traces, or on its own samples; and a student cut from the teacher, in one stage
+            or in three
+language    GRPO with and without the language reward, from reasoning in the question's language in 6 of 10 cold traces
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ MODEL = {"vocab_size": 384, "width": 64, "layers": 4, "experts": 4, "experts_per
 SFT = {"muon": True, "learning_rate": 1e-3, "context": 256, "batch": 16}  # as the cold start, from a lower rate
 RL = {"prompts": 24, "group": 8, "max_tokens": 128, "level": HARD, "problems": 6}
 ASKED = 100  # held-out problems a level and language
+ASKED_LANGUAGE = 0.6  # half, no hint at all, gave the reward nothing to hold on to in a minute
 WORDS = {"en": ("now ", "then ", "so ", "next "), "ko": ("이제 ", "다음에 ", "그러면 ", "여기서 ")}
 
 ARMS = {
     "effect": ("cold start", "grpo", "rejection", "more sft", "complete traces"),
     "curriculum": ("arithmetic uniform", "arithmetic curriculum", "word_problems uniform", "word_problems curriculum"),
-    "distill": ("student", "student grpo", "200 selected", "2000 random", "on-policy", "three stages", "one stage"),
+    "distill": ("student", "student grpo", "200 selected", "2000 random", "on-policy", "one stage, cut",
+                "three stages, cut"),
     "language": ("cold start", "without reward", "with reward"),
 }  # fmt: skip
 
@@ -52,7 +55,7 @@ ARMS = {
 
 def write_traces(path: Path, task: str, seed: int, complete: bool = False, levels=(*EASY, *HARD), words=False) -> None:
     """Conversations of `task`, hard levels broken off after 1 .. level steps unless `complete`; with `words` every step
-    begins with a word of a language that is drawn for each trace, whatever the question's."""
+    begins with a word of a language that is drawn for each trace, and is the question's in ASKED_LANGUAGE of them."""
     draw = Random(seed)
     with open(path, "w", encoding="utf-8") as file:
         for problem in islice(tasks.problems(task, "train", seed, levels, LANGUAGES), TRACES):
@@ -61,7 +64,8 @@ def write_traces(path: Path, task: str, seed: int, complete: bool = False, level
                 steps = steps[: draw.randint(1, problem.level)]
                 answer = steps[-1].rpartition("=")[2]
             if words:
-                language = draw.choice(LANGUAGES)
+                others = [code for code in LANGUAGES if code != problem.language]
+                language = problem.language if draw.random() < ASKED_LANGUAGE else draw.choice(others)
                 steps = [draw.choice(WORDS[language]) + step for step in steps]
             said = "\n".join(steps)
             messages = [
@@ -130,7 +134,7 @@ def _distill(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: f
     from twelve.posttrain.rl import rl
 
     teacher = out / "effect" / f"grpo-{seed}" / "model"
-    student = cold_start(out, seed, cold // 2, layers=2)
+    student = cold_start(out, seed, cold, layers=2)
     asked = {"task": ["arithmetic"], "level": HARD, "max_tokens": 128, "seed": seed, "minutes": minutes, "quiet": True}
     how = {"learning_rate": SFT["learning_rate"], "batch": 16, "context": 256}
     if arm == "student":
@@ -138,15 +142,15 @@ def _distill(arm: str, seed: int, out: Path, folder: Path, cold: int, minutes: f
     if arm == "student grpo":
         rl(student, folder / "model", ["arithmetic"], minutes=minutes, seed=seed, quiet=True, **RL)
         return folder / "model"
-    if arm in ("200 selected", "2000 random"):
+    if arm == "on-policy":
+        distill([str(teacher)], folder / "model", how="on-policy", student=str(student), learning_rate=3e-4, **asked)
+    elif arm.endswith("cut"):  # from the teacher, at once or by way of students of 4 and 3 layers
+        layers = [4, 3, 2] if arm.startswith("three") else [2]
+        distill([str(teacher)], folder / "model", layers=layers, traces=2000, select_how="random", **asked, **how)
+    else:
         count, _, which = arm.partition(" ")
         distill([str(teacher)], folder / "model", student=str(student), traces=int(count), **asked, **how,
                 select_how="best" if which == "selected" else "random")  # fmt: skip
-    elif arm == "on-policy":
-        distill([str(teacher)], folder / "model", how="on-policy", student=str(student), learning_rate=3e-4, **asked)
-    else:
-        layers = {"three stages": [4, 3, 2], "one stage": [2]}[arm]
-        distill([str(teacher)], folder / "model", how="on-policy", layers=layers, learning_rate=1e-3, **asked)
     found = json.loads((folder / "model" / "distill.json").read_text())
     return Path(found["stages"][-1]["model"])
 

@@ -25,7 +25,8 @@ from twelve.train.run import Prepared, run
 MINUTES = 10.0  # where neither minutes nor steps are given
 ADAPTERS_FROM = 20_000_000  # parameters; a larger model is trained through adapters unless told otherwise
 RANK = 16
-LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 2e-4  # docs/lab.md
+LEARNING_RATE = {"grpo": 3e-4, "rejection": 1e-4}  # each the best of 1e-4, 2e-4 and 3e-4: docs/lab.md
+LORA_LEARNING_RATE = 2e-4
 MAX_TOKENS = 128
 
 
@@ -65,8 +66,9 @@ def rl(
     rewards = Rewards(format=format_reward, language=language_reward, length=length_penalty)
     config = convert.load_config(source)
     if lora is None:
-        lora = RANK if count_parameters(config)["total"] >= ADAPTERS_FROM else 0
-    learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE)
+        sizes = count_parameters(config)
+        lora = RANK if sizes["total"] - sizes["table"] >= ADAPTERS_FROM else 0
+    learning_rate = learning_rate or (LORA_LEARNING_RATE if lora else LEARNING_RATE[method])
     options = {
         "model": str(model), "task": [str(name) for name in task], "level": level and list(level),
         "language": language and list(language), "minutes": minutes, "steps": steps, "seed": seed, "prompts": prompts,
