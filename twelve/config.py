@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from twelve.errors import InputError
 
-FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
+FAMILIES = ("twelve", "deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
 # keys that a folder of the family may leave out, where the family's default differs from the field's below
 FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    # V3's parts with switches that no other loader knows; another loader must refuse the folder, not drop its tensors
+    "twelve": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
     "llama": {},
@@ -17,6 +19,8 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 128},
 }
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SINKHORN_ORDERS = ("columns_first", "deepseek_v4")
+TABLE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass
@@ -63,6 +67,23 @@ class ModelConfig:
     topk_method: str = "noaux_tc"
     # multi-token prediction (V3 section 2.2)
     num_nextn_predict_layers: int = 0
+    # hyper-connections (mHC, arXiv 2512.24880; keys as deepseek_v4's); hc_mult 1 is the plain residual
+    hc_mult: int = 1  # residual streams
+    hc_constrained: bool = True  # residual mappings made doubly stochastic; False: HC (arXiv 2409.19606)
+    hc_sinkhorn_iters: int = 20
+    hc_sinkhorn_order: str = "columns_first"  # as the paper; "deepseek_v4": softmax over rows first, ends with columns
+    hc_tolerance: float = 0.0  # above 0: iterate until rows and columns are that close to 1, at most hc_sinkhorn_iters
+    hc_eps: float = 1e-6
+    # conditional memory (Engram, arXiv 2601.07372; keys as DeepSeek-V4.1's); no layers means none
+    engram_layer_ids: list[int] = field(default_factory=list)  # decoder layers, from 0, that begin with a lookup
+    engram_max_ngram_size: int = 3  # n-grams of 2 .. this many compressed tokens
+    engram_n_heads: int = 4  # hashes of every n
+    engram_head_dim: int = 32  # elements of a row
+    engram_vocab_size: int = 16384  # rows, about, of a head: each takes the next prime that no other has
+    engram_kernel_size: int = 4  # taps of the short convolution, dilated by engram_max_ngram_size; 0: none
+    engram_pad_id: int = 2  # compressed token that stands for those before the document begins
+    engram_seed: int = 0
+    engram_dtype: str = "float32"  # of the rows at rest
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -83,6 +104,11 @@ class ModelConfig:
     def rope_dim(self) -> int:
         """Elements of a head that are rotated."""
         return self.qk_rope_head_dim if self.is_mla else self.head_dim
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every part is one that the family's other implementations have."""
+        return self.hc_mult == 1 and not self.engram_layer_ids
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether decoder layer `index` has routed experts; MTP modules count on from num_hidden_layers."""
@@ -130,6 +156,31 @@ class ModelConfig:
             method = self.topk_method
             need(method in methods, f"topk_method {method!r} is not supported: {', '.join(methods)}")
 
+        need(
+            self.is_plain or self.model_type == "twelve",
+            f"hc_mult and engram_layer_ids need model_type 'twelve', not {self.model_type!r}",
+        )
+        need(isinstance(self.hc_mult, int) and 1 <= self.hc_mult <= 16, f"hc_mult {self.hc_mult!r} is not 1 to 16")
+        need(self.hc_sinkhorn_iters > 0, f"hc_sinkhorn_iters {self.hc_sinkhorn_iters} must be positive")
+        order = self.hc_sinkhorn_order
+        need(order in SINKHORN_ORDERS, f"hc_sinkhorn_order {order!r} is not one of {', '.join(SINKHORN_ORDERS)}")
+        if self.engram_layer_ids:
+            for index in self.engram_layer_ids:
+                need(
+                    isinstance(index, int) and 0 <= index < self.num_hidden_layers,
+                    f"engram_layer_ids: there is no layer {index}, they are 0 to {self.num_hidden_layers - 1}",
+                )
+            need(len(set(self.engram_layer_ids)) == len(self.engram_layer_ids), "engram_layer_ids has a layer twice")
+            need(self.engram_max_ngram_size >= 2, f"engram_max_ngram_size {self.engram_max_ngram_size} is below 2")
+            for key in ("engram_n_heads", "engram_head_dim", "engram_vocab_size"):
+                need(getattr(self, key) > 0, f"{key} must be positive")
+            for key in ("engram_kernel_size", "engram_seed"):
+                need(getattr(self, key) >= 0, f"{key} is negative")
+            pad = self.engram_pad_id
+            need(0 <= pad < self.vocab_size, f"engram_pad_id {pad} is no token: they are 0 to {self.vocab_size - 1}")
+            dtype = self.engram_dtype
+            need(dtype in TABLE_DTYPES, f"engram_dtype {dtype!r} is not one of {', '.join(TABLE_DTYPES)}")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """From a `config.json` of transformers 5 (`rope_parameters`) or of an older one (`rope_theta`, `rope_scaling`).
@@ -171,7 +222,11 @@ class ModelConfig:
             }  # fmt: skip
         else:
             dropped |= {"head_dim"}
-        if self.model_type not in ("deepseek_v2", "deepseek_v3"):
+        if self.hc_mult == 1:
+            dropped |= {key for key in values if key.startswith("hc_")}
+        if not self.engram_layer_ids:
+            dropped |= {key for key in values if key.startswith("engram_")}
+        if self.model_type not in ("twelve", "deepseek_v2", "deepseek_v3"):
             dropped |= {
                 "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
                 "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor",
@@ -212,19 +267,23 @@ def deepseek_v2_lite() -> ModelConfig:
 
 def small_v3(
     vocab_size: int, width: int = 256, layers: int = 6, experts: int = 16, experts_per_token: int = 4,
-    context: int = 1024, mtp: int = 0,
+    context: int = 1024, mtp: int = 0, **switches: Any,
 ) -> ModelConfig:  # fmt: skip
     """V3's shape at any size, with one shared expert and a dense first layer as wide as a token's experts together.
 
     Heads have 32 unrotated and 32 rotated elements and values of 64, so that the fused attention kernels, which want
     keys and values of one width, need no padding. The latent and an expert are half as wide as the model. `experts=0`
-    gives dense layers only.
+    gives dense layers only. `switches` are keys that begin with hc_ or engram_; any of the latter adds Engram, by
+    default to the second layer and to the middle one.
     """
     if width % 64:
         raise InputError(f"width {width} must be a multiple of 64")
     expert_width = width // 2
+    if any(key.startswith("engram_") for key in switches):
+        switches = {"engram_layer_ids": sorted({min(1, layers - 1), layers // 2}), **switches}
+    plain = switches.get("hc_mult", 1) == 1 and not switches.get("engram_layer_ids")
     return ModelConfig(
-        model_type="deepseek_v3", vocab_size=vocab_size, hidden_size=width,
+        model_type="deepseek_v3" if plain else "twelve", vocab_size=vocab_size, hidden_size=width,
         intermediate_size=expert_width * (experts_per_token + 1), num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64), max_position_embeddings=context,
         q_lora_rank=None, kv_lora_rank=max(32, width // 2), qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
@@ -232,4 +291,5 @@ def small_v3(
         num_experts_per_tok=min(experts_per_token, experts) if experts else None,
         moe_intermediate_size=expert_width if experts else None, first_k_dense_replace=1 if experts else 0,
         n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.0, num_nextn_predict_layers=mtp,
+        **switches,
     )  # fmt: skip

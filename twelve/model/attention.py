@@ -24,6 +24,9 @@ class Positions:
     # [B or 1, 1, T, S] bool, True where a query may look; None: causal, or one query that sees all; Branches: B = 1
     mask: Tensor | Branches | None
     start: int = 0  # tokens already in the cache
+    # for Engram, which looks at what precedes a token in its document
+    depth: Tensor | None = None  # [B or 1, T] int64: how many tokens precede it; None: a row is all one document
+    past: Tensor | None = None  # [B, P] int64: ids of the tokens right before the first, -1 where there is none
 
 
 class LayerCache:

@@ -60,6 +60,24 @@ class Branches:
             start = ends[-1]
 
     @cached_property
+    def previous(self) -> Tensor:
+        """[T] int64: the place of the token before each one in its own branch, -1 where there is none."""
+        places = torch.arange(-1, self.length - 1)
+        for prompt, *answers in self._spans():
+            places[prompt.start] = -1
+            for answer in filter(None, answers):
+                places[answer.start] = prompt.stop - 1
+        places[-1] = -1
+        return places
+
+    def before(self, steps: int) -> Tensor:
+        """`previous`, that many steps back."""
+        places = torch.arange(self.length)
+        for _ in range(steps):
+            places = self.previous[places]  # the last is padding, which has none before it, as what -1 means
+        return places
+
+    @cached_property
     def mask(self) -> Tensor:
         """The same for any attention: [1, 1, T, T] bool, True where a token may look."""
         seen = torch.eye(self.length, dtype=torch.bool)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from twelve.config import ModelConfig
 from twelve.errors import InputError
 from twelve.model.attention import GroupedQueryAttention, LatentAttention, LayerCache, Positions
+from twelve.model.engram import Engram, EngramMemory
+from twelve.model.hyper_connections import HyperConnection, HyperHead, Residual
 from twelve.model.layers import MLP, RMSNorm, linear_cross_entropy
 from twelve.model.moe import Experts, MoE, Router, Routing
 from twelve.model.mtp import MTPModule, shift_targets
@@ -24,22 +26,39 @@ MainLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """A decoder layer: attention, then a dense or mixture-of-experts feed-forward, each on the normed residual."""
+    """A decoder layer: attention, then a dense or mixture-of-experts feed-forward, each on the normed residual.
+
+    With Engram the layer begins by adding what its memory holds for the last tokens. With hyper-connections the
+    residual is several streams, and each part reads one mixture of them and writes to all.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        self.engram = Engram(config) if index in config.engram_layer_ids else None
+        self.attn_hc = HyperConnection(config, 2 * index) if config.hc_mult > 1 else Residual()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config) if config.is_mla else GroupedQueryAttention(config)
+        self.ffn_hc = HyperConnection(config, 2 * index + 1) if config.hc_mult > 1 else Residual()
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(index)
         self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
-    def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
-        """x [B, T, D] -> [B, T, D], and the routing of an MoE layer in training."""
-        x = x + self.self_attn(self.input_layernorm(x), at, cache)
-        fed = self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, at: Positions, cache: LayerCache | None = None, found: Tensor | None = None,
+        gates: LayerCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
+        """x [B, T, D], or [B, T, streams, D], -> the same shape, and the routing of an MoE layer in training.
+
+        found: the rows that `EngramMemory` read for this layer; gates: where Engram keeps what its convolution needs.
+        """
+        if self.engram is not None:
+            x = x + self.engram(x, found, at, gates)
+        state, mapping = self.attn_hc.read(x)
+        x = self.attn_hc.write(x, self.self_attn(self.input_layernorm(state), at, cache), mapping)
+        state, mapping = self.ffn_hc.read(x)
+        fed = self.mlp(self.post_attention_layernorm(state))
         fed, routing = fed if self.is_moe else (fed, None)
-        return x + fed, routing
+        return self.ffn_hc.write(x, fed, mapping), routing
 
 
 class Cache:
@@ -49,13 +68,20 @@ class Cache:
         like = model.norm.weight
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         self.layers = [LayerCache(batch_size, max_length, b.self_attn.cache_shapes(), like) for b in blocks]
+        # of Engram: what its convolutions need, by layer, and the tokens, from which n-grams are made
+        self.gates = {
+            index: LayerCache(batch_size, max_length, layer.engram.cache_shapes(), like)
+            for index, layer in enumerate(model.layers)
+            if layer.engram is not None
+        }
+        self.ids = torch.full((batch_size, max_length if self.gates else 0), -1, device=like.device)
         self.batch_size, self.max_length, self.length = batch_size, max_length, 0
         self.depth = len(model.layers)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in the main model's layers (MTP modules add theirs)."""
-        return sum(layer.bytes_per_token for layer in self.layers[: self.depth])
+        return sum(layer.bytes_per_token for layer in (*self.layers[: self.depth], *self.gates.values()))
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from position `length` on."""
@@ -83,6 +109,8 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.memory = EngramMemory(config) if config.engram_layer_ids else None
+        self.hc_head = HyperHead(config) if config.hc_mult > 1 else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -94,14 +122,23 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> Transformer:
-        """Normal weights, std initializer_range; projections into the residual smaller by 1 / sqrt(2 * layers)."""
+        """Normal weights, std initializer_range; projections into the residual smaller by 1 / sqrt(2 * layers).
+
+        Modules with initial values of their own draw last, so that the plain parts' do not depend on the switches.
+        """
         generator = torch.Generator().manual_seed(seed)
         residual = 1 / math.sqrt(2 * self.config.num_hidden_layers)
-        for name, parameter in self.named_parameters():
+        own = tuple(f"{name}." for name, module in self.named_modules() if hasattr(module, "initialise"))
+        for name, parameter in sorted(self.named_parameters(), key=lambda item: item[0].startswith(own)):
             if parameter.dim() > 1:
                 back = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj"))
                 std = self.config.initializer_range * (residual if back else 1.0)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        for module in self.modules():
+            if hasattr(module, "initialise"):
+                module.initialise()
+        if self.memory is not None and self.memory.table is None:
+            self.memory.create()
         return self
 
     @property
@@ -131,14 +168,18 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def positions(
-        self, ids: Tensor, start: int = 0, positions: Tensor | None = None, documents: Tensor | None = None
-    ) -> Positions:
-        """Rotations and mask of ids [B, T] that follow `start` cached tokens."""
+        self, ids: Tensor, start: int = 0, positions: Tensor | None = None, documents: Tensor | None = None,
+        past: Tensor | None = None,
+    ) -> Positions:  # fmt: skip
+        """Rotations and mask of ids [B, T] that follow `start` cached tokens, the last of which are `past` [B, P]."""
         length, device = ids.shape[1], ids.device
         if self._frequencies is None or self._frequencies[0].device != device:
             frequencies, scale = inverse_frequencies(self.config)
             self._frequencies = frequencies.to(device), scale
         frequencies, scale = self._frequencies
+        depth = positions
+        if documents is not None and self.memory is not None:
+            depth = depth_in(documents)
         if positions is None:
             positions = torch.arange(start, start + length, device=device)[None]
         angles = positions[..., None].float() * frequencies
@@ -150,16 +191,22 @@ class Transformer(nn.Module):
             mask = same.tril()[:, None]  # [B, 1, T, T]
         elif start and length > 1:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None]
-        return Positions(cos, sin, mask, start)
+        return Positions(cos, sin, mask, start, depth, past)
 
     def hidden(self, ids: Tensor, at: Positions, cache: Cache | None = None) -> tuple[Tensor, list[Routing]]:
         """ids [B, T] -> states after the final norm [B, T, D], and the routing of each MoE layer in training."""
+        found = self.memory.look_up(ids, at) if self.memory is not None else {}
         x = self.embed_tokens(ids)
+        if self.hc_head is not None:
+            x = x[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
         routings = []
         for index, layer in enumerate(self.layers):
-            x, routing = layer(x, at, cache.layers[index] if cache is not None else None)
+            kept, gates = (cache.layers[index], cache.gates.get(index)) if cache is not None else (None, None)
+            x, routing = layer(x, at, kept, found.get(index), gates)
             if routing is not None:
                 routings.append(routing)
+        if self.hc_head is not None:
+            x = self.hc_head(x)
         return self.norm(x), routings
 
     def forward(
@@ -174,7 +221,11 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if cache is not None and start + ids.shape[1] > cache.max_length:
             raise ValueError(f"{start} cached and {ids.shape[1]} new tokens do not fit a cache of {cache.max_length}")
-        x, _ = self.hidden(ids, self.positions(ids, start, positions, documents), cache)
+        past = None
+        if cache is not None and self.memory is not None:
+            past = cache.ids[:, max(0, start - self.memory.reach) : start]
+            cache.ids[:, start : start + ids.shape[1]] = ids
+        x, _ = self.hidden(ids, self.positions(ids, start, positions, documents, past), cache)
         if cache is not None:
             cache.length += ids.shape[1]
         return F.linear(x[:, -1:] if last_only else x, self.head_weight)
@@ -219,15 +270,25 @@ class Transformer(nn.Module):
         return losses
 
 
+def depth_in(documents: Tensor) -> Tensor:
+    """How many tokens of the same document precede each, of the numbers [B, T] of documents that follow one another."""
+    place = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
 def has_compiler() -> bool:
     """Whether torch.compile finds a C++ compiler for CPU code."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def count_parameters(config: ModelConfig, mtp: bool = False) -> dict[str, int]:
-    """{"total", "active"}: all parameters of the main model, and those that work on one token.
+    """{"total", "active", "table"}: all parameters of the main model, those that work on one token, and how many of all
+    stand in Engram's table.
 
-    MTP modules count if `mtp`. Nothing is allocated. Active parameters include the embedding and the output head.
+    MTP modules count if `mtp`. Nothing is allocated. Active parameters include the embedding, the output head, and
+    of Engram's table the rows that a token reads.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -241,4 +302,8 @@ def count_parameters(config: ModelConfig, mtp: bool = False) -> dict[str, int]:
             idle += size - size * config.num_experts_per_tok // config.n_routed_experts
         elif isinstance(module, Router) and config.topk_method == "noaux_tc":
             total += module.e_score_correction_bias.numel()
-    return {"total": total, "active": total - idle}
+    table = 0
+    if model.memory is not None:
+        table = model.memory.hash.total_rows * config.engram_head_dim
+        idle += table - model.memory.hash.primes.size * config.engram_head_dim
+    return {"total": total + table, "active": total + table - idle, "table": table}
