@@ -33,6 +33,7 @@ class HashRunner:
     """Keeps the tokens themselves in its pages; log-probabilities are minus the position."""
 
     page_bytes, page_shape, cache_bytes_per_token, exact = 4 * PAGE, [(1, PAGE)], 4, True
+    reach, gates = 70, None  # tokens, more than a page has
 
     def __init__(self):
         self.steps = 0
@@ -56,17 +57,22 @@ class HashRunner:
             error, self.fail = self.fail, None
             raise error
         for sequence, first in enumerate(step.positions):
+            known = self.memory[step.pages[sequence, : -(-first // PAGE)]].ravel()[:first][-self.reach :]
+            padded = np.append(np.full(self.reach - len(known), -1), known)
+            assert (step.before[sequence] == padded).all()
             for row in range(step.starts[sequence], step.starts[sequence + 1]):
                 position = first + row - step.starts[sequence]
                 page = step.pages[sequence, position // PAGE]
                 assert page >= 0
                 self.memory[page, position % PAGE] = step.tokens[row]
         self.last, tokens, logprobs = step, [], []
+        self.gates = np.full(len(step.tokens), -1, np.float32)
         for index, row in enumerate(step.drawn):
             sequence = np.searchsorted(step.starts, row, side="right") - 1
             position = step.positions[sequence] + row - step.starts[sequence]
             history = self.memory[step.pages[sequence, : position // PAGE + 1]].ravel()[: position + 1]
             assert (history >= 0).all()
+            self.gates[row] = position
             tokens.append(next_token(history.astype(np.int64), step.keys[index]))
             logprobs.append(-float(position))
         return np.array(step.targets if step.targets is not None else tokens, np.int64), np.array(logprobs)

@@ -13,6 +13,7 @@ from test_transformer import CONFIGS, V3, changed, random_model
 from twelve.engine import native
 from twelve.engine.runner import PAGE, PlainRunner, Step
 from twelve.engine.sampler import draw, log_probabilities, seed_key
+from twelve.engine.scheduler import before
 from twelve.quantize import Form, forms_of, pack, packable, replace
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
@@ -54,7 +55,8 @@ def run(runner, texts, cuts, vocab_size, pages=40):
         counts = [len(part) for part in parts]
         starts, rows = np.cumsum([0, *counts]), sum(counts)
         step = Step(np.concatenate(parts), starts, done[live], table[live], np.arange(rows), np.zeros(rows, np.float32),
-                    np.ones(rows, np.float32), np.zeros((rows, 4), np.uint32))  # fmt: skip
+                    np.ones(rows, np.float32), np.zeros((rows, 4), np.uint32),
+                    before=before([(texts[i].tolist(), done[i]) for i in live], runner.reach))  # fmt: skip
         out = runner.logits(step)
         for i, begin, end in zip(live, starts, starts[1:], strict=False):
             logits[i].append(out[begin:end])

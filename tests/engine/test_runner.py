@@ -8,6 +8,7 @@ from twelve.config import ModelConfig, small_v3
 from twelve.engine import Engine, Request
 from twelve.engine.runner import PAGE, PlainRunner, Step, model_identity
 from twelve.engine.sampler import draw, seed_key
+from twelve.engine.scheduler import before
 from twelve.engine.tiers import Tiers
 from twelve.errors import InputError
 from twelve.model import Transformer
@@ -52,6 +53,7 @@ def make_step(parts, **more) -> Step:
         row[: len(pages)] = pages
     tokens = [token for ids, first, count, _ in parts for token in ids[first : first + count]]
     defaults = {
+        "before": before([(ids, first) for ids, first, *_ in parts], more.pop("reach", 0)),
         "drawn": np.arange(rows), "temperature": np.zeros(rows, np.float32), "top_p": np.ones(rows, np.float32),
         "keys": np.zeros((rows, 4), np.uint32),
     }  # fmt: skip

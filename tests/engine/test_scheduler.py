@@ -60,7 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.seed += 1
         prompt = [beginning] * shared + [self.seed % 50] * own
         prompt = prompt[:255]
-        sequence = self.engine._sequence(Request(prompt, count, seed=self.seed), streamed=False)
+        sequence = self.engine._sequence(Request(prompt, count, seed=self.seed, memory_gates=True), streamed=False)
         self.engine._submit([sequence])
         self.sequences.append(sequence)
 
@@ -104,7 +104,9 @@ class EngineMachine(RuleBasedStateMachine):
             if sequence.status is Status.DONE:
                 request = sequence.request
                 count = min(request.max_tokens, 256 - sequence.prompt)
-                assert sequence.completion().token_ids == expected(request.prompt_ids, request.seed, count)
+                done = sequence.completion()
+                assert done.token_ids == expected(request.prompt_ids, request.seed, count)
+                assert done.memory_gates == list(range(sequence.prompt, sequence.prompt + count - 1))
         self.sequences = [one for one in self.sequences if one.status is not Status.DONE]
 
     def teardown(self):

@@ -58,7 +58,7 @@ class Engine:
         self.runner.allocate(count)
         self._tiers, self._generation = tiers, 0
         self.pool = PagePool(count, self._identity(), tiers, self.runner)
-        self.scheduler = Scheduler(self.pool, max_sequences, most, prefill_chunk)
+        self.scheduler = Scheduler(self.pool, max_sequences, most, prefill_chunk, self.runner.reach)
         guesses = Speculation(speculation, bool(getattr(model, "mtp", None)))
         self.stepper = Stepper(self.runner, self.scheduler, guesses)
         self._pieces: dict[int, bytes] = {}

@@ -9,37 +9,37 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
+import math
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twelve.engine.runner import PAGE, Step, page_shape
+from twelve.compiler import compile_library
+from twelve.engine.runner import PAGE, Step, gate_shape, page_shape
 from twelve.engine.sampler import NOT_FINITE
 from twelve.errors import InputError
+from twelve.model.fast_streams import rules
 from twelve.model.rope import inverse_frequencies, softmax_scale
 from twelve.quantize import Packed, QuantizedExperts, QuantizedLinear
 
 SOURCES = Path(__file__).with_name("kernels")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-std=c++17", "-shared", "-fPIC")
 HUGE, LINE = 2**21, 64  # bytes
-MOST_ROTATED = 512  # elements of a head: model.h's rotate
+MOST_ROTATED, MOST_TAPS = 512, 16  # elements of a head, taps of a convolution: as in model.h
 NONE, FLOAT32, BFLOAT16, PANELS, PACKED8, PACKED4 = range(6)  # matmul.h's Kind
+TABLE_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": PACKED8}
 PANEL = 16  # outputs
 # Bytes of float32 matrices up to which a second copy is made, in panels: it multiplies many rows up to twice as fast. A
 # large model's single rows are bound by reading every weight once, and would gain nothing for that memory.
 MOST_PANELS = 2**26
 
 pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 def structure(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
@@ -64,19 +64,28 @@ LAYER_MATRICES = {  # the module's name; a dense layer's, or that of the shared 
     "router": "mlp.gate", "gate": "mlp.gate_proj mlp.shared_experts.gate_proj",
     "up": "mlp.up_proj mlp.shared_experts.up_proj", "down": "mlp.down_proj mlp.shared_experts.down_proj",
 }  # fmt: skip
+Mixer = structure("Mixer", ("fn", Matrix), ("base scale", pointer))
+Recall = structure("Recall", ("key value", Matrix), ("gate_norm conv", pointer), ("index", integer))
+Memory = structure(
+    "Memory", ("layers grams heads width taps reach pad kind rounded", integer),
+    ("primes offsets multipliers compressed rows scales", pointer),
+)  # fmt: skip
 Layer = structure(
     "Layer", (" ".join(LAYER_VECTORS), pointer), (" ".join(LAYER_MATRICES), Matrix),
-    ("expert_gate_up expert_down", Matrix),
+    ("expert_gate_up expert_down", Matrix), ("attention_mixer feed_forward_mixer", Mixer), ("recall", pointer),
 )  # fmt: skip
-Module = structure("Module", ("enorm hnorm norm", pointer), ("eh_proj", Matrix))
+Module = structure("Module", ("enorm hnorm norm", pointer), ("eh_proj", Matrix), ("head", Mixer))
 Model = structure(
     "Model",
     ("layers modules hidden vocabulary latent heads kv_heads nope rope v_width rank q_rank interleave experts top_k "
-     "expert_width groups top_groups group_best softmax normalise", integer),
-    ("norm_eps latent_eps scale rope_scale routed_scale", number),
-    ("embedding head", Matrix), ("final_norm frequencies layer module", pointer),
+     "expert_width groups top_groups group_best softmax normalise streams constrained transposed rounds", integer),
+    ("norm_eps latent_eps scale rope_scale routed_scale lift least tolerance", number),
+    ("embedding head", Matrix), ("stream_head", Mixer), ("memory", Memory),
+    ("final_norm frequencies layer module", pointer),
 )  # fmt: skip
-Batch = structure("Batch", ("rows sequences page_slots", integer), ("tokens starts positions pages", pointer))
+Batch = structure(
+    "Batch", ("rows sequences page_slots", integer), ("tokens starts positions pages before gates", pointer)
+)
 Draws = structure(
     "Draws", ("count want_logprobs", integer), ("row target temperature top_p keys tokens logprobs logits", pointer)
 )
@@ -85,25 +94,9 @@ Draws = structure(
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled source, or None where it cannot be compiled."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or os.environ.get("TWELVE_NATIVE") == "0":
-        return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twelve"
-    sources = [file.read_text() for file in sorted(SOURCES.iterdir()) if file.suffix in (".h", ".cpp")]
-    # -march=native: a home folder may be shared by machines with different processors
-    key = hashlib.sha256("\n".join([*sources, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
-    target = cache / f"engine-{key}.so"
-    try:
-        if not target.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / target.name
-                print("twelve: compiling the engine for this processor, once (10 to 30 seconds)", file=sys.stderr)
-                command = [compiler, *FLAGS, str(SOURCES / "step.cpp"), "-o", str(made)]
-                subprocess.run(command, check=True, capture_output=True, timeout=300)
-                os.replace(made, target)
-        found = ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
+    message = "compiling the engine for this processor, once (10 to 30 seconds)"
+    found = compile_library("engine", SOURCES / "step.cpp", sorted(SOURCES.glob("*.h")), message)
+    if found is None:
         return None
     found.engine_new.restype, found.engine_new.argtypes = pointer, [pointer]
     found.engine_free.argtypes = [pointer]
@@ -118,14 +111,6 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    except OSError:
-        return platform.processor() + platform.machine()
-
-
 def _panel_bytes(matrices: Tensor) -> int:
     """What float32 matrices [..., rows, columns] take in panels."""
     rows, columns = matrices.shape[-2:]
@@ -133,9 +118,12 @@ def _panel_bytes(matrices: Tensor) -> int:
 
 
 def available(model) -> bool:
-    """Whether `NativeRunner` can run this model here: on the CPU, in float32, bfloat16 or packed weights."""
+    """Whether `NativeRunner` can run this model here: on the CPU, in float32, bfloat16 or packed weights, and with its
+    memory's table, if it has one, at an address."""
     weight = model.norm.weight
     fits = weight.dtype in (torch.float32, torch.bfloat16) and model.config.rope_dim <= MOST_ROTATED
+    if model.memory is not None:
+        fits = fits and model.config.engram_kernel_size <= MOST_TAPS and model.memory.table.address is not None
     return weight.device.type == "cpu" and fits and library() is not None
 
 
@@ -207,13 +195,15 @@ class NativeRunner:
         settle(model)
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         sizes = [sum(int(np.prod(shape)) for shape in block.self_attn.cache_shapes()) for block in blocks]
-        self.page_shape = native_page_shape(model.config, len(blocks))
-        self.page_bytes = PAGE * sum(sizes) * 4
+        gates = gate_shape(model.config)
+        self.page_shape = native_page_shape(model.config, len(blocks)) + gates
+        self.page_bytes = 4 * sum(count * sum(lengths) for count, *lengths in self.page_shape)
         self.build = Path(self._library._name).stem  # another compiler's or processor's sums may round otherwise
-        self.cache_bytes_per_token = sum(sizes[: len(model.layers)]) * 4
+        self.cache_bytes_per_token = sum(sizes[: len(model.layers)]) * 4 + 4 * sum(map(math.prod, gates)) // PAGE
         # one stretch for good, filled anew by each `reload`
         size = sum(_panel_bytes(p) for p in model.parameters() if p.dim() > 1 and p.dtype == torch.float32)
         self._panels = huge_zeros(size) if size <= MOST_PANELS else None
+        self.reach, self.gates = model.memory.reach if model.memory is not None else 0, None
         self._engine = None
         self.reload()
 
@@ -223,10 +213,12 @@ class NativeRunner:
         self._filled = 0  # bytes of `_panels` that hold one
         self._kept: list[object] = []  # everything that native code holds the address of
         blocks = [*model.layers, *(module.block for module in model.mtp)]
-        layers = (Layer * len(blocks))(*map(self._layer, blocks))
+        layers = (Layer * len(blocks))(*(self._layer(index, block) for index, block in enumerate(blocks)))
         modules = (Module * max(1, len(model.mtp)))(*map(self._module, model.mtp))
         frequencies, rope_scale = inverse_frequencies(c)
         embedding, tied = self._matrix(model.embed_tokens, rows=True), c.tie_word_embeddings
+        rounds, constrained, transposed = map(int, rules(c)[:3])
+        lift, least, _ = rules(c)[3:]
         groups, choosing = c.n_group or 1, c.topk_method != "greedy"
         self._described = Model(
             layers=len(model.layers), modules=len(model.mtp), hidden=c.hidden_size, vocabulary=self._vocab_size,
@@ -240,6 +232,8 @@ class NativeRunner:
             normalise=c.norm_topk_prob, norm_eps=c.rms_norm_eps, latent_eps=1e-6, scale=softmax_scale(c),
             rope_scale=rope_scale, routed_scale=c.routed_scaling_factor, embedding=embedding,
             head=self._matrix(model.embed_tokens if tied else model.lm_head),
+            streams=c.hc_mult, rounds=rounds, constrained=constrained, transposed=transposed, lift=lift, least=least,
+            tolerance=c.hc_tolerance, stream_head=self._mixer(model.hc_head, "hc_"), memory=self._memory(model),
             final_norm=self._vector(model.norm.weight), frequencies=self._vector(frequencies),
             layer=ctypes.addressof(layers), module=ctypes.addressof(modules),
         )  # fmt: skip
@@ -321,13 +315,17 @@ class NativeRunner:
                 (drawn, np.int64), (temperature, np.float32), (top_p, np.float32), (keys, np.uint32),
             )
         ]  # fmt: skip
+        before = gates = None
+        if self.reach and rows is None:
+            before = np.ascontiguousarray(step.before, np.int64).reshape(len(step.positions), self.reach)
+            gates = self.gates = np.zeros(len(step.tokens), np.float32)
         tokens, logprobs = np.empty(len(drawn), np.int64), np.empty(len(drawn), np.float32)
         targets = None if targets is None else np.ascontiguousarray(targets, np.int64)
         at = [array.ctypes.data for array in kept]
-        batch = Batch(len(kept[0]), len(kept[2]), kept[3].shape[1], *at[:4])
+        batch = Batch(len(kept[0]), len(kept[2]), kept[3].shape[1], *at[:4], address(before), address(gates))
         draws = Draws(
-            len(drawn), want_logprobs or targets is not None, at[4], None if targets is None else targets.ctypes.data,
-            *at[5:], tokens.ctypes.data, logprobs.ctypes.data, None if logits is None else logits.ctypes.data,
+            len(drawn), want_logprobs or targets is not None, at[4], address(targets), *at[5:], address(tokens),
+            address(logprobs), address(logits),
         )  # fmt: skip
         threads = torch.get_num_threads()
         if rows is None:
@@ -342,7 +340,7 @@ class NativeRunner:
 
     # --- describing the weights ---------------------------------------------------------------------------------------
 
-    def _layer(self, block: nn.Module) -> ctypes.Structure:
+    def _layer(self, index: int, block: nn.Module) -> ctypes.Structure:
         tensors, modules = dict(block.named_parameters()) | dict(block.named_buffers()), dict(block.named_modules())
         layer = Layer(**{field: self._vector(tensors.get(name)) for field, name in LAYER_VECTORS.items()})
         for field, names in LAYER_MATRICES.items():
@@ -353,11 +351,48 @@ class NativeRunner:
             packed = isinstance(experts, QuantizedExperts)
             layer.expert_gate_up = self._packed(experts.gate_up) if packed else self._stack(experts.gate_up_proj)
             layer.expert_down = self._packed(experts.down) if packed else self._stack(experts.down_proj)
+        layer.attention_mixer, layer.feed_forward_mixer = self._mixer(block.attn_hc), self._mixer(block.ffn_hc)
+        if block.engram is not None:
+            layer.recall = self._recall(block.engram, self._model.config.engram_layer_ids.index(index))
         return layer
 
     def _module(self, module: nn.Module) -> ctypes.Structure:
         norms = (self._vector(norm.weight) for norm in (module.enorm, module.hnorm, module.norm))
-        return Module(*norms, self._matrix(module.eh_proj))
+        return Module(*norms, self._matrix(module.eh_proj), self._mixer(module.hc_head, "hc_"))
+
+    def _mixer(self, module: nn.Module | None, prefix: str = "") -> ctypes.Structure:
+        """Of a HyperConnection or a HyperHead; null where there is one stream."""
+        fn, base, scale = (getattr(module, prefix + name, None) for name in ("fn", "base", "scale"))
+        return Mixer() if fn is None else Mixer(self._stack(fn[None]), self._vector(base), self._vector(scale))
+
+    def _recall(self, engram: nn.Module, index: int) -> int:
+        """The address of what a layer does with the rows that it finds; the weights of norms go into what follows."""
+        conv = None
+        if engram.taps:
+            conv = (engram.conv.float() * engram.conv_norm.float()).unflatten(-1, (engram.streams, -1)).transpose(0, 1)
+        recall = Recall(
+            self._matrix(engram.key_proj), self._matrix(engram.value_proj),
+            self._vector(engram.query_norm.float() * engram.key_norm.float()), self._vector(conv), index,
+        )  # fmt: skip
+        self._kept.append(recall)
+        return ctypes.addressof(recall)
+
+    def _memory(self, model: nn.Module) -> ctypes.Structure:
+        if model.memory is None:
+            return Memory()
+        c, memory, table = model.config, model.memory, model.memory.table
+        numbers = (memory.hash.primes, memory.hash.offsets, memory.hash.multipliers)
+        arrays = [np.ascontiguousarray(array, np.int64) for array in numbers]
+        arrays.append(np.ascontiguousarray(memory.compressed, np.int32))
+        self._kept += [*arrays, table]
+        projections = (part for layer in model.layers if layer.engram is not None for part in
+                       (layer.engram.key_proj, layer.engram.value_proj))  # fmt: skip
+        return Memory(
+            len(c.engram_layer_ids), c.engram_max_ngram_size, c.engram_n_heads, c.engram_head_dim, c.engram_kernel_size,
+            memory.reach, c.engram_pad_id, TABLE_KINDS[table.dtype],
+            any(isinstance(one, QuantizedLinear) for one in projections), *map(address, arrays), table.address,
+            table.scales_address,
+        )  # fmt: skip
 
     def _vector(self, tensor: Tensor | None) -> int | None:
         """The address of a tensor as float32, copied if it is something else."""

@@ -20,6 +20,7 @@ class Request:
     stop: Sequence[str] = ()  # the text ends before the first of these
     stop_ids: frozenset[int] | None = None  # None: the tokenizer's; an empty set: none
     logprobs: bool = False
+    memory_gates: bool = False  # tell how far the model's memory (Engram) opened at each token
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Delta:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length", on the last delta only
     cached_tokens: int = 0  # of the prompt, those found in the cache; on the first delta only
+    memory_gates: list[float] = field(default_factory=list)  # of tokens of earlier deltas: the next ones in order
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int = field(default=0, compare=False)  # of the prompt, those found in the cache
+    # mean gate of the memory, 0 to 1, where each token but the last was read; empty if not asked for or no memory
+    memory_gates: list[float] = field(default_factory=list)
 
     @property
     def completion_tokens(self) -> int:

@@ -4,6 +4,9 @@ Keys and values live in pages of PAGE tokens. A page is one block of memory for 
 modules); within it a layer has
     latent attention:         [PAGE, kv_lora_rank + qk_rope_head_dim]: normalised latent, then rotated shared key
     grouped-query attention:  keys, transposed, [kv_heads, head_dim, PAGE]; then values [kv_heads, PAGE, head_dim]
+and after all layers
+    an Engram layer:          [PAGE, streams]: its gates, if it has a convolution. The rest of what that needs of past
+                              tokens follows from their ids, `Step.before`.
 (NativeRunner cuts the transposed keys into stretches of 16 tokens: see native.native_page_shape.)
 Position p of a sequence is row p % PAGE of its page p // PAGE.
 """
@@ -28,6 +31,7 @@ PAGE = 64  # tokens
 TOGETHER = 16  # sequences with at most so many rows run as one batch, padded; longer ones run one by one
 
 LOGIT_ROWS = 64  # at a time: a row has an element for every token of the vocabulary
+ROWS_READ = 65_536  # of a table, at a time
 
 
 @dataclass
@@ -44,12 +48,16 @@ class Step:
     keys: np.ndarray  # [K, 4] uint32: `sampler.seed_key` of each drawn row's sequence
     logprobs: bool = False
     targets: np.ndarray | None = None  # [K] int64: do not draw; give the log-probability of these tokens
+    # [S, reach] int64: the tokens right before each sequence's first row, -1 where there are none
+    before: np.ndarray | None = None
 
 
 class Runner(Protocol):
     page_bytes: int  # of a page as float32; a pool of 16-bit elements takes half
     page_shape: list[tuple[int, ...]]  # the segments of a page, one after the other, as `tiers.Tiers` wants them
     cache_bytes_per_token: int  # of the main model's layers
+    reach: int  # tokens that `Step.before` must tell
+    gates: np.ndarray | None  # [R] float32 of the last step: mean gate of the memory; None where there is no memory
     exact: bool  # a row's result depends on its own sequence only: not on batch, chunk or draft
 
     def allocate(self, pages: int) -> None:
@@ -89,16 +97,28 @@ def page_shape(config, layers: int) -> list[tuple[int, ...]]:
     return [(heads * width, PAGE), (heads * PAGE, width)] * layers
 
 
+def gate_shape(config) -> list[tuple[int, ...]]:
+    """The segments of a page that hold Engram's gates. They all lie between 0 and 1: one scale will do."""
+    return [(1, PAGE * config.hc_mult)] * (len(config.engram_layer_ids) if config.engram_kernel_size > 1 else 0)
+
+
 def model_identity(model, runner: Runner, *variants: object) -> bytes:
     """A hash of all that decides what a page holds: weights, architecture, precision, runner and `variants`.
 
-    Reads all weights.
+    Reads all weights; of a table in a file only who it is and when it was last changed.
     """
     known = (model.config.to_dict(), type(runner).__name__, getattr(runner, "build", None), *variants)
     digest = blake2b(repr(known).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if model.memory is not None:
+        table = model.memory.table
+        digest.update(repr((model.memory.identity, table.dtype, table.count)).encode())
+        if table.path is not None:
+            digest.update(repr(table.path.stat().st_mtime_ns).encode())
+        for start in range(0, table.count if table.path is None else 0, ROWS_READ):
+            digest.update(table.read(np.arange(start, min(start + ROWS_READ, table.count))))
     return digest.digest()
 
 
@@ -124,13 +144,17 @@ class PlainRunner:
     def __init__(self, model, vocab_size: int) -> None:
         self.model, self.vocab_size = model, vocab_size
         blocks = [*model.layers, *(module.block for module in model.mtp)]
-        self._shapes = [block.self_attn.cache_shapes() for block in blocks]
-        depth, element_size = len(model.layers), model.embed_tokens.weight.element_size()
+        self._engrams = {index: layer.engram for index, layer in enumerate(model.layers) if layer.engram is not None}
+        caching = [*(block.self_attn for block in blocks), *self._engrams.values()]
+        self._shapes = [part.cache_shapes() for part in caching]
         sizes = [sum(int(np.prod(shape)) for shape in shapes) for shapes in self._shapes]  # elements a token
         self._elements = PAGE * sum(sizes)
-        self.cache_bytes_per_token = sum(sizes[:depth]) * element_size
+        own = sum(sizes) - sum(sizes[len(model.layers) : len(blocks)])
+        self.cache_bytes_per_token = own * model.embed_tokens.weight.element_size()
         self.page_bytes = 4 * self._elements
-        self.page_shape = page_shape(model.config, len(blocks))
+        self.page_shape = page_shape(model.config, len(blocks)) + gate_shape(model.config)
+        self.reach = model.memory.reach if model.memory is not None else 0
+        self.gates = None
 
     def allocate(self, pages: int) -> None:
         like = self.model.embed_tokens.weight
@@ -169,12 +193,17 @@ class PlainRunner:
         self._step = step
         self._states = torch.empty(len(step.tokens), model.config.hidden_size, dtype=self._pool.dtype,
                                    device=self._pool.device)  # fmt: skip
+        self.gates = np.empty(len(step.tokens), np.float32) if self._engrams else None
         for batch in batches(counts):
             rows = Rows(step, batch, counts, self._pool.device)
             ids = rows.pad(torch.as_tensor(step.tokens, device=self._pool.device))
-            cache = SimpleNamespace(layers=[PagedLayer(buffers, rows) for buffers in self._layers])
-            states, _ = model.hidden(ids, rows.at(model, ids), cache)
+            layers = [PagedLayer(buffers, rows) for buffers in self._layers]
+            gates = dict(zip(self._engrams, layers[len(layers) - len(self._engrams) :], strict=True))
+            states, _ = model.hidden(ids, rows.at(model, ids), SimpleNamespace(layers=layers, gates=gates))
             self._states[rows.index] = states[rows.real]
+            if self._engrams:
+                mean = sum(engram.last_gates.float().mean(-1) for engram in self._engrams.values()) / len(self._engrams)
+                self.gates[rows.index.cpu().numpy()] = mean[rows.real].cpu().numpy()
         if not len(step.drawn):
             return np.empty(0, np.int64), np.empty(0)
         sequence = np.searchsorted(step.starts, step.drawn, side="right") - 1
@@ -247,6 +276,7 @@ class Rows:
         self.page = self._tensor(np.take_along_axis(table, positions // PAGE, axis=1)[real].astype(np.int64))  # [N]
         self.slot = self._tensor((positions % PAGE)[real])  # [N]
         self.table = self._tensor(table.astype(np.int64))  # [B, P]
+        self.before = self._tensor(step.before[batch]) if step.before is not None else None  # [B, reach]
         self.positions = self._tensor(positions)  # [B, T]
         key = torch.arange(positions.max() + 1, device=device)
         self.mask = key <= self.positions[:, :, None]  # [B, T, S]
@@ -260,8 +290,8 @@ class Rows:
         return values[self._padded]
 
     def at(self, model, ids: Tensor):
-        """Rotations and mask."""
-        at = model.positions(ids, positions=self.positions)
+        """Rotations and mask, and what Engram must know."""
+        at = model.positions(ids, positions=self.positions, past=self.before)
         at.mask = self.mask[:, None]
         return at
 

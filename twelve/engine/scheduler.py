@@ -29,10 +29,13 @@ class Plan:
 
 
 class Scheduler:
-    """Owns the queues and says who holds which pages. `max_pages` are those of one full context."""
+    """Owns the queues and says who holds which pages.
 
-    def __init__(self, pool: PagePool, max_sequences: int, max_pages: int, prefill_rows: int) -> None:
-        self.pool, self.prefill_rows = pool, prefill_rows
+    `max_pages` are those of one full context; `reach`: how many tokens before its rows a runner wants to know.
+    """
+
+    def __init__(self, pool: PagePool, max_sequences: int, max_pages: int, prefill_rows: int, reach: int = 0) -> None:
+        self.pool, self.prefill_rows, self.reach = pool, prefill_rows, reach
         self.waiting: deque[Sequence] = deque()  # in order of arrival
         self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
@@ -217,6 +220,7 @@ class Scheduler:
             temperature=self._temperature[owners],
             top_p=self._top_p[owners],
             keys=self._keys[owners],
+            before=before([(sequence.tokens, sequence.computed) for sequence in sequences], self.reach),
             logprobs=any(sequence.request.logprobs for sequence in sequences),
         )
 
@@ -226,6 +230,16 @@ class Scheduler:
             key = sequence.page_key(sequence.sealed, self.pool.identity)
             self.pool.seal(sequence.pages[sequence.sealed], key)
             sequence.sealed += 1
+
+
+def before(parts: list[tuple[list[int], int]], reach: int) -> np.ndarray:
+    """`Step.before` [S, reach] of (tokens of a sequence, how many of them precede its rows)."""
+    out = np.full((len(parts), reach), -1, np.int64)
+    if reach:
+        for row, (tokens, at) in zip(out, parts, strict=True):
+            known = tokens[max(0, at - reach) : at]
+            row[reach - len(known) :] = known
+    return out
 
 
 def pages_for(tokens: int) -> int:

@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 
 from twelve.engine.runner import Runner, Step
-from twelve.engine.scheduler import Scheduler, pages_for
+from twelve.engine.scheduler import Scheduler, before, pages_for
 
 
 def score(sequences: list[list[int]], runner: Runner, scheduler: Scheduler, rows: int) -> list[np.ndarray]:
@@ -32,7 +32,7 @@ def score(sequences: list[list[int]], runner: Runner, scheduler: Scheduler, rows
                 left -= count
                 if not left:
                     break
-            step = _step(parts, sequences, done, pages)
+            step = _step(parts, sequences, done, pages, scheduler.reach)
             _, logprobs = runner.step(step)
             for (index, count), start in zip(parts, step.starts, strict=False):
                 out[index][done[index] : done[index] + count] = logprobs[start : start + count]
@@ -53,7 +53,7 @@ def _take(scheduler: Scheduler, count: int, must: bool) -> list[int] | None:
     return [pool.take() for _ in range(count)] if pool.available >= count else None
 
 
-def _step(parts: list[tuple[int, int]], sequences: list[list[int]], done: dict, pages: dict) -> Step:
+def _step(parts: list[tuple[int, int]], sequences: list[list[int]], done: dict, pages: dict, reach: int) -> Step:
     counts = [count for _, count in parts]
     total = sum(counts)
     table = np.full((len(parts), max(len(pages[index]) for index, _ in parts)), -1, np.int32)
@@ -73,5 +73,6 @@ def _step(parts: list[tuple[int, int]], sequences: list[list[int]], done: dict, 
         temperature=np.zeros(total, np.float32),
         top_p=np.ones(total, np.float32),
         keys=np.zeros((total, 4), np.uint32),
+        before=before([(sequences[index], done[index]) for index, _ in parts], reach),
         targets=np.array(targets, np.int64),
     )

@@ -38,6 +38,7 @@ class Sequence:
         "drafts",
         "error",
         "finish_reason",
+        "gates",
         "key",
         "limit",
         "logprobs",
@@ -71,6 +72,7 @@ class Sequence:
         self.ngrams = self.acceptance = None  # of `speculate`
         self.cached_tokens: int | None = None  # of the prompt, found in the cache; None before it ran
         self.logprobs: list[float] = []
+        self.gates: list[float] = []  # of the memory, at every token drawn but the last
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.deltas: deque[Delta] = deque()
@@ -92,8 +94,10 @@ class Sequence:
             self.chain.append(chain_key(previous, self.tokens[start : start + PAGE]))
         return self.chain[index]
 
-    def take(self, token: int, logprob: float) -> None:
-        """Add a drawn token, and end if it is the last."""
+    def take(self, token: int, logprob: float, gate: float | None = None) -> None:
+        """Add a drawn token, and end if it is the last. gate: of the memory, at the token before it."""
+        gates = [gate] if gate is not None and self.request.memory_gates and len(self.tokens) > self.prompt else []
+        self.gates += gates
         self.tokens.append(token)
         if self.request.logprobs:
             self.logprobs.append(logprob)
@@ -105,7 +109,8 @@ class Sequence:
         text = "" if reason == "stop" else self._text.feed(token)
         reason = "stop" if self._text.stopped else reason
         if self.streamed:
-            self.deltas.append(Delta(text, [token], [logprob] if self.request.logprobs else []))
+            logprobs = [logprob] if self.request.logprobs else []
+            self.deltas.append(Delta(text, [token], logprobs, memory_gates=gates))
         elif text:
             self.deltas.append(Delta(text))
         if reason:
@@ -128,4 +133,5 @@ class Sequence:
         else:
             said = drawn[:-1] if drawn and drawn[-1] in self.stop_ids else drawn
             text = b"".join(map(self._piece, said)).decode(errors="replace")
-        return Completion(text, drawn, self.logprobs, self.finish_reason, self.prompt, self.cached_tokens or 0)
+        cached = self.cached_tokens or 0
+        return Completion(text, drawn, self.logprobs, self.finish_reason, self.prompt, cached, self.gates)

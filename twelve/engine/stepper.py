@@ -61,7 +61,7 @@ class Stepper:
             if not isinstance(error, Exception):
                 raise
 
-    def _compute(self, plan: Plan) -> tuple[list[int], list[float]]:
+    def _compute(self, plan: Plan) -> tuple[list[int], list[float], list[float | None]]:
         step = self.scheduler.step(plan)
         started = time.perf_counter()
         tokens, logprobs = self.runner.step(step)
@@ -72,17 +72,18 @@ class Stepper:
         stats.step_seconds += seconds
         if len(tokens) == len(step.tokens):
             self.speculation.timed(len(tokens), seconds)
-        return tokens.tolist(), logprobs.tolist()
+        gates = None if self.runner.gates is None else self.runner.gates[step.drawn].tolist()
+        return tokens.tolist(), logprobs.tolist(), gates or [None] * len(tokens)
 
-    def _apply(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> None:
-        """Give every sequence what was drawn for it, as far as its guesses were right."""
+    def _apply(self, plan: Plan, tokens: list[int], logprobs: list[float], gates: list[float | None]) -> None:
+        """Give every sequence what was drawn for it, as far as its guesses were right; gates: of those rows."""
         at, kept = 0, []  # rows of each sequence that are part of it now
         for sequence, count, drawn in zip(plan.sequences, plan.counts, plan.drawn, strict=True):
             drafts, taken = sequence.drafts, 0
             if sequence.streamed and count > drawn:
                 sequence.deltas.append(Delta())  # a part of the prompt was read
             for token in tokens[at : at + drawn]:
-                sequence.take(token, logprobs[at + taken])
+                sequence.take(token, logprobs[at + taken], gates[at + taken])
                 taken += 1
                 if sequence.finish_reason is not None or taken > len(drafts) or drafts[taken - 1] != token:
                     break

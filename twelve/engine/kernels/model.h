@@ -3,14 +3,38 @@
 #pragma once
 #include "attention.h"
 
+constexpr int64_t MOST_TAPS = 16, MOST_STREAMS = 16;
+
+struct Mixer {  // hyper-connections: coefficients = scale * (fn . normed streams) + base
+    Matrix fn;
+    const float *base, *scale;
+};
+
+struct Recall {  // Engram, in a layer
+    Matrix key, value;
+    const float *gate_norm, *conv;  // [streams, hidden]; [streams, taps, hidden]: both with all norm weights in them
+    int64_t index;                  // among such layers
+};
+
+struct Memory {  // Engram's table, and how tokens become rows of it
+    int64_t layers, grams, heads, width, taps, reach, pad, kind, rounded;  // kind: FLOAT32, BFLOAT16, PACKED8
+    const int64_t *primes, *offsets, *multipliers;  // [layers, grams - 1, heads], the same, [layers, grams]
+    const int32_t* compressed;
+    const void* rows;
+    const float* scales;
+};
+
 struct Layer {
     const float *input_norm, *post_norm, *q_a_norm, *kv_a_norm, *q_norm, *k_norm, *kv_b, *router_bias;
     Matrix q_a, q_b, q, kv_a, k, v, o, router, gate, up, down, expert_gate_up, expert_down;
+    Mixer attention_mixer, feed_forward_mixer;
+    const Recall* recall;  // null: none
 };
 
 struct Module {  // multi-token prediction
     const float *enorm, *hnorm, *norm;
     Matrix eh_proj;
+    Mixer head;
 };
 
 struct Model {
@@ -18,8 +42,11 @@ struct Model {
     int64_t latent, heads, kv_heads, nope, rope, v_width, rank, q_rank,
         interleave;  // GQA: nope 0, rope = v_width = head
     int64_t experts, top_k, expert_width, groups, top_groups, group_best, softmax, normalise;
-    double norm_eps, latent_eps, scale, rope_scale, routed_scale;
+    int64_t streams, constrained, transposed, rounds;  // hyper-connections; rounds, tolerance: of Sinkhorn's algorithm
+    double norm_eps, latent_eps, scale, rope_scale, routed_scale, lift, least, tolerance;
     Matrix embedding, head;
+    Mixer stream_head;
+    Memory memory;
     const float *final_norm, *frequencies;
     const Layer* layer;  // the main model's, then one for each module
     const Module* module;
@@ -30,6 +57,8 @@ struct Batch {
     int64_t rows, sequences, page_slots;
     const int64_t *tokens, *starts, *positions;  // [rows], [sequences + 1], [sequences]
     const int32_t* pages;                        // [sequences, page_slots]
+    const int64_t* before;                       // [sequences, memory.reach]: tokens in front of the first row
+    float* gates;                                // out [rows]: the memory's, zero at first; their mean
 };
 
 // What to do after the rows `row`: draw a token, or give the log-probability of `target`.

@@ -9,7 +9,7 @@ struct State {
     Model m;
     float *pool = nullptr, *bounds = nullptr;  // bounds: what `select` looks at, null without selection
     double share = 1;                          // of a long past's pages that are read
-    int64_t page_floats, layer_floats, bound_floats, entry, head_size, query_size, kv_size;
+    int64_t page_floats, layer_floats, gate_floats, bound_floats, entry, head_size, query_size, kv_size;
     std::atomic<int64_t> pages_read{0}, pages_past{0};
 
     Buffer normed, low, mixed, inner, gathered, expert_inner, last, joined;
@@ -28,7 +28,8 @@ struct State {
         query_size = m.heads * head_size;
         kv_size = m.kv_heads * head_size;
         layer_floats = PAGE * (m.latent ? entry : 2 * kv_size);
-        page_floats = layer_floats * (m.layers + m.modules);
+        gate_floats = m.memory.taps > 1 ? m.memory.layers * PAGE * m.streams : 0;
+        page_floats = layer_floats * (m.layers + m.modules) + gate_floats;
         bound_floats = m.latent ? 2 * entry : 2 * kv_size;  // of a page and layer
         next_unit.reset(new std::atomic<int64_t>[m.layers + m.modules]);
     }

@@ -2,20 +2,20 @@
 // this function, takes its share of the work, and meets the others at barriers. native.py fills the structures;
 // runner.py's PlainRunner is the twin.
 
-#include "feed_forward.h"
+#include "engram.h"
 #include "sample.h"
 
-struct Engine : FeedForward {
-    using FeedForward::FeedForward;
+struct Engine : Engram {
+    using Engram::Engram;
 
     // One layer: the residual of every row, in place.
     void run_layer(const Team& t, const Batch& b, int64_t index) {
         const Layer& w = m.layer[index];
         int64_t begin, end;
         t.share(b.rows, begin, end);
-        const bool rounded = w.kv_a.packed() || w.q_a.packed() || w.q.packed() || w.k.packed() || w.v.packed();
-        for (int64_t r = begin; r < end; ++r)
-            norm_row(normed, r, residual.data() + r * m.hidden, w.input_norm, m.hidden, m.norm_eps, rounded);
+        if (w.recall) recall(t, b, *w.recall, begin, end);
+        read(w.attention_mixer, w.input_norm,
+             w.kv_a.packed() || w.q_a.packed() || w.q.packed() || w.k.packed() || w.v.packed(), begin, end);
         t.wait();
         if (m.latent) latent_attention(t, b, index, w, begin, end);
         else grouped_attention(t, b, index, w, begin, end);
@@ -26,13 +26,14 @@ struct Engine : FeedForward {
         }
         multiply(t, w.o, mixed.rows, b.rows, residual.data(), m.hidden, true);
         t.wait();
-        for (int64_t r = begin; r < end; ++r)
-            norm_row(normed, r, residual.data() + r * m.hidden, w.post_norm, m.hidden, m.norm_eps,
-                     w.gate.packed() || w.up.packed() || w.expert_gate_up.packed());
+        write(begin, end);
+        read(w.feed_forward_mixer, w.post_norm, w.gate.packed() || w.up.packed() || w.expert_gate_up.packed(), begin,
+             end);
         if (w.router.kind) route(w, begin, end);
         t.wait();
         feed_forward(t, b, w, begin, end);
         t.wait();
+        write(begin, end);
     }
 
     // --- after the layers
@@ -85,8 +86,12 @@ struct Engine : FeedForward {
             int64_t begin, end;
             t.share(b.rows, begin, end);
             start(t, b);
+            if (m.memory.layers) look_up(t, b);
             for (int64_t r = begin; r < end; ++r) embed(residual.data() + r * m.hidden, b.tokens[r]);
+            enter(begin, end);
+            if (m.memory.layers) t.wait();
             for (int64_t l = 0; l < m.layers; ++l) run_layer(t, b, l);
+            t.wait();
             if (m.modules)  // a draft may need the state of any row
                 for (int64_t r = begin; r < end; ++r) norm_state(r);
             else
@@ -99,6 +104,7 @@ struct Engine : FeedForward {
     }
 
     void norm_state(int64_t r) {
+        leave(r, m.stream_head);
         rms_norm(hidden.data() + r * m.hidden, residual.data() + r * m.hidden, m.final_norm, m.hidden, m.norm_eps);
     }
 
@@ -122,11 +128,14 @@ struct Engine : FeedForward {
             t.wait();
             multiply(t, w.eh_proj, joined.rows, b.rows, residual.data(), m.hidden);
             t.wait();
+            enter(begin, end);
             run_layer(t, b, m.layers);
+            t.wait();
             std::vector<float> state(m.hidden);
             finish(
                 t, d,
                 [&](int64_t i) {
+                    leave(d.row[i], w.head);
                     rms_norm(state.data(), residual.data() + d.row[i] * m.hidden, w.norm, m.hidden, m.norm_eps);
                     return state.data();
                 },
