@@ -14,15 +14,20 @@ from twelve.serve import app, bind
 
 
 class ScriptedModel:
-    """Answers every prompt with `script` (token ids), whatever was asked; `delay` seconds a step. Is its own runner."""
+    """Answers every prompt with `script` (token ids), whatever was asked; `delay` seconds a step. Is its own runner.
 
+    With `memory` it has gates: token i's is `gate_of(i)`.
+    """
+
+    reach, gates = 0, None
     page_bytes, page_shape, cache_bytes_per_token, exact = 4, [(1, 1)], 0, True
 
-    def __init__(self, script: list[int], delay: float, context: int):
+    def __init__(self, script: list[int], delay: float, context: int, memory: bool = False):
         self.config = SimpleNamespace(max_position_embeddings=context)
         self.script, self.delay = script, delay
         self.prompts: dict[bytes, int] = {}  # tokens of the prompt, by the sequence's key
         self.passes = 0
+        self.memory = object() if memory else None
 
     def eval(self):
         return self
@@ -44,14 +49,23 @@ class ScriptedModel:
             sequence = np.searchsorted(step.starts, row, side="right") - 1
             at = step.positions[sequence] + row - step.starts[sequence] + 1 - self.prompts[key.tobytes()]
             tokens.append(self.script[min(at, len(self.script) - 1)])
+        if self.memory is not None:
+            self.gates = np.array([gate_of(token) for token in step.tokens.tolist()], np.float32)
         return np.array(tokens, np.int64), np.zeros(len(tokens))
+
+
+def gate_of(token: int) -> float:
+    return token % 11 / 10
 
 
 class ScriptedEngine(Engine):
     """Says `text` and ends its turn."""
 
-    def __init__(self, tokenizer, text: str, delay: float = 0.0, context: int = 4096, prefill_chunk: int = 512):
-        model = ScriptedModel([*tokenizer.encode(text), min(tokenizer.stop_ids)], delay, context)
+    def __init__(
+        self, tokenizer, text: str, delay: float = 0.0, context: int = 4096, prefill_chunk: int = 512,
+        memory: bool = False,
+    ):  # fmt: skip
+        model = ScriptedModel([*tokenizer.encode(text), min(tokenizer.stop_ids)], delay, context, memory)
         super().__init__(model, tokenizer, prefill_chunk=prefill_chunk, speculation="off", runner=model)
 
     def _sequence(self, request, streamed):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from browser import Browser, find
-from scripted import ScriptedEngine, serving
+from scripted import ScriptedEngine, gate_of, serving
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium on this machine")
 
@@ -215,3 +215,71 @@ def test_everything_that_can_be_used_has_a_name(page):
         "|| e.labels?.length)).map(e => e.id)"
     )
     assert nameless == []
+
+
+# --- where the memory opened ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def remembering(tokenizer):
+    with serving(ScriptedEngine(tokenizer, f"<think>{THOUGHTS}</think>\n\n{ANSWER}", memory=True)) as url:
+        yield url
+
+
+WARM = """[...document.querySelectorAll(SELECTOR)].map(e => [e.textContent, e.style.getPropertyValue('--gate')])"""
+
+
+def gates_by_character(tokenizer, text):
+    """What each character of a script deserves: the gate of the token that ends it."""
+    marks, data, shown = [], b"", ""
+    for token in tokenizer.encode(f"<think>{THOUGHTS}</think>\n\n{ANSWER}"):
+        data += tokenizer.decode_bytes([token])
+        whole = data.decode(errors="ignore")
+        marks += [gate_of(token)] * (len(whole) - len(shown))
+        shown = whole
+    at = shown.index(text)
+    return list(zip(text, marks[at:], strict=False))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_switch_shades_what_the_memory_gave(chromium, remembering, tokenizer, dark):
+    chromium.events.clear()
+    chromium.look(1200, 800, dark=dark)
+    chromium.open(remembering)
+    chromium.evaluate("localStorage.clear()")
+    chromium.open(remembering)
+    chromium.wait("!$('memory-switch').hidden")
+    assert chromium.evaluate("$('memory').labels[0].textContent").startswith("기억이 열린 곳 보기")
+    ask(chromium)
+    chromium.wait("!running && history.length === 2")
+    plain = text_of(chromium, ".answer > .text")
+    assert chromium.evaluate("document.querySelectorAll('.warm').length") == 0  # off at first
+    chromium.evaluate("$('memory').click()")
+    for selector, said in ((".answer > .text", ANSWER), ("details .text", THOUGHTS)):
+        runs = chromium.evaluate(WARM.replace("SELECTOR", f"'{selector} .warm'"))
+        shaded = [(character, float(gate)) for text, gate in runs for character in text]
+        told = gates_by_character(tokenizer, said)
+        assert len({gate for _, gate in told}) > 5
+        if said == THOUGHTS:
+            assert shaded == told
+        else:  # the page leaves out the line that opens a box of code, and the marks that close it
+            assert len(shaded) > len(told) - 20 and shaded[:10] == told[:10] and shaded[-20:] == told[-20:]
+    assert text_of(chromium, ".answer > .text") == plain
+    tint = "getComputedStyle([...document.querySelectorAll('.warm')].find(e => e.title === TITLE)).backgroundColor"
+    least, most = (chromium.evaluate(tint.replace("TITLE", f"'{value}'")) for value in ("0.00", "1.00"))
+    assert least != most
+    assert chromium.evaluate("document.querySelector('pre .warm') !== null && document.querySelector('img') === null")
+    chromium.evaluate("$('memory').click()")
+    assert chromium.evaluate("document.querySelectorAll('.warm').length") == 0
+    assert text_of(chromium, ".answer > .text") == plain
+    chromium.evaluate("$('memory').click(); $('language').click()")
+    assert chromium.evaluate("$('memory').labels[0].textContent").startswith("Show where the memory opened")
+    chromium.open(remembering)  # the choice is kept, and the next answer is shaded as it ends
+    ask(chromium)
+    chromium.wait("!running && document.querySelectorAll('.warm').length > 10")
+    assert chromium.problems() == []
+
+
+def test_a_model_without_memory_has_no_such_switch(page):
+    page.wait("$('model').textContent")
+    assert page.evaluate("$('memory-switch').hidden && !('memory_gates' in JSON.parse(requestBody()))")

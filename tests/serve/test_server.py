@@ -15,9 +15,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from scripted import ScriptedEngine, serving
+import torch
+from scripted import ScriptedEngine, gate_of, serving
 
-from twelve.config import ModelConfig
+from twelve.config import ModelConfig, small_v3
+from twelve.data.chat import encode_prompt
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.model import Transformer
@@ -160,6 +162,68 @@ def test_log_probabilities(dreamer):
     assert complete(dreamer, max_tokens=1).choices[0].logprobs is None
 
 
+@pytest.fixture(scope="module")
+def rememberer(tokenizer):
+    """As the thinker, with a memory."""
+    with serving(ScriptedEngine(tokenizer, f"<think>{THOUGHTS}</think>{ANSWER}", memory=True)) as url:
+        yield url
+
+
+def test_gates_come_with_their_tokens(rememberer, tokenizer):
+    script = [*tokenizer.encode(f"<think>{THOUGHTS}</think>{ANSWER}"), min(tokenizer.stop_ids)]
+    bytes_of = [list(tokenizer.decode_bytes([token])) for token in script]
+    gates = [*map(gate_of, script[:-1]), None]  # the last is drawn and never read
+    asked = {"memory_gates": True}
+    [choice] = complete(rememberer, extra_body=asked).choices
+    assert [row["bytes"] for row in choice.memory_gates] == bytes_of
+    assert [row["gate"] for row in choice.memory_gates] == pytest.approx(gates, abs=1e-4)
+    assert choice.memory_gates[3]["token"] == tokenizer.decode_bytes([script[3]]).decode(errors="replace")
+    chunks, _ = streamed(rememberer, extra_body=asked)
+    rows = [row for chunk in chunks for one in chunk.choices for row in getattr(one, "memory_gates", None) or []]
+    assert rows == choice.memory_gates
+
+
+def test_gates_of_several_answers_and_of_one_cut_short(rememberer, tokenizer):
+    script = tokenizer.encode(f"<think>{THOUGHTS}</think>{ANSWER}")[:7]
+    gates = [*map(gate_of, script[:6]), None]
+    for choice in complete(rememberer, n=2, max_tokens=7, logprobs=True, extra_body={"memory_gates": True}).choices:
+        assert [row["gate"] for row in choice.memory_gates] == pytest.approx(gates, abs=1e-4)
+        assert [row["token"] for row in choice.memory_gates] == [row.token for row in choice.logprobs.content]
+
+
+def test_gates_of_a_real_memory(tokenizer):
+    shape = {"width": 64, "layers": 2, "experts": 0, "context": 256, "hc_mult": 2, "engram_vocab_size": 97}
+    model = Transformer(small_v3(tokenizer.vocab_size, **shape)).init_weights(seed=1)
+    model.memory.use_tokenizer(tokenizer)
+    model.memory.create()
+    ids = torch.arange(60)[None]
+    for _ in range(3):  # an empty memory has the same gate for all
+        model.train().losses(ids, ids + 1).total.backward()
+        model.memory.table.update(1.0)
+    engine = Engine(model, tokenizer)
+    with serving(engine) as url:
+        answer = complete(url, max_tokens=12, temperature=0, extra_body={"memory_gates": True})
+        [choice] = answer.choices
+        drawn = [token for row in choice.memory_gates for token in tokenizer.encode_bytes(bytes(row["bytes"]))]
+        assert len(drawn) == len(choice.memory_gates) == answer.usage.completion_tokens
+        ids = [*encode_prompt(tokenizer, QUESTION), *drawn]
+        with torch.inference_mode():
+            model.eval()(torch.tensor([ids]))
+        layers = [layer.engram.last_gates.mean(-1) for layer in model.layers if layer.engram is not None]
+        expected = torch.stack(layers).mean(0)[0, -len(drawn) : -1].tolist()
+        assert [row["gate"] for row in choice.memory_gates[:-1]] == pytest.approx(expected, abs=2e-3)
+        assert max(expected) - min(expected) > 0.02
+
+
+def test_gates_only_where_there_are_some_and_when_asked_for(thinker, rememberer):
+    assert not hasattr(complete(rememberer).choices[0], "memory_gates")
+    cards = [httpx.get(f"{url}/v1/models").json()["data"][0] for url in (thinker, rememberer)]
+    assert [card["memory"] for card in cards] == [False, True]
+    with pytest.raises(openai.BadRequestError, match="this model has no memory") as caught:
+        complete(thinker, extra_body={"memory_gates": True})
+    assert (caught.value.param, caught.value.code) == ("memory_gates", "unsupported_parameter")
+
+
 def test_history_parts_and_harmless_parameters_are_accepted(thinker):
     messages = [
         {"role": "developer", "content": "짧게 답하라."},
@@ -213,7 +277,8 @@ WRONG = [
     ("max_tokens", 0), ("max_tokens", "10"), ("max_tokens", 2.5), ("max_completion_tokens", -1),
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("temperature", True), ("top_p", 1.1),
     ("top_p", [1]), ("seed", "x"), ("seed", 1.5), ("seed", 2**63), ("stop", 3), ("stop", [""]), ("stop", ""),
-    ("stop", ["a", 1]), ("stop", ["x"] * 17), ("logprobs", 3), ("tools", [{"type": "function"}]), ("top_k", 5),
+    ("stop", ["a", 1]), ("stop", ["x"] * 17), ("logprobs", 3), ("memory_gates", 1), ("memory_gates", "yes"),
+    ("tools", [{"type": "function"}]), ("top_k", 5),
     ("frequency_penalty", 0.5), ("response_format", {"type": "json_object"}), ("no_such_thing", "x"),
 ]  # fmt: skip
 

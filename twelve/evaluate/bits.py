@@ -115,8 +115,9 @@ def batches(windows: list[Window], vocab_size: int) -> Iterator[list[Window]]:
         yield batch
 
 
-def _losses(model, batch: list[Window]) -> list[float]:
-    """Nats of each window's scored tokens. Padding stands at the right, where causal attention cannot see it."""
+def padded(batch: list[Window]) -> tuple[Tensor, Tensor]:
+    """(ids, targets) [B, T]: what is not scored has target -100. Padding stands at the right, where causal attention
+    cannot see it."""
     length = max(len(window.ids) for window in batch) - 1
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     targets = torch.full((len(batch), length), -100)
@@ -124,12 +125,18 @@ def _losses(model, batch: list[Window]) -> list[float]:
         n = len(window.ids) - 1
         ids[row, :n] = torch.tensor(window.ids[:-1])
         targets[row, n - window.scored : n] = torch.tensor(window.ids[1:][n - window.scored :])
+    return ids, targets
+
+
+def _losses(model, batch: list[Window]) -> list[float]:
+    """Nats of each window's scored tokens."""
+    ids, targets = padded(batch)
     device = next(model.parameters()).device
     logits = model(ids.to(device))  # [B, T, V]
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
     if not torch.isfinite(losses).all():
         raise InputError(NOT_FINITE)
-    return losses.view(len(batch), length).double().sum(1).tolist()
+    return losses.view(len(batch), -1).double().sum(1).tolist()
 
 
 def _texts(paths: Sequence[str | Path], limit: int | None) -> list[str]:

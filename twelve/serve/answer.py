@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Part:
 
     texts: list[tuple[str, str]]  # (kind, text), kind "reasoning" or "content"
     logprobs: list[dict]
+    gates: list[dict]  # of tokens in their order, which come a step after the tokens
     finish_reason: str | None = None
 
 
@@ -34,7 +36,7 @@ class Answer:
     def __init__(self, engine: Engine, prompt: Prompt, chat: ChatRequest, index: int):
         request = Request(
             prompt.ids, chat.max_tokens, chat.temperature, chat.top_p, sub_seed(chat.seed, index), chat.stop,
-            logprobs=chat.logprobs,
+            logprobs=chat.logprobs, memory_gates=chat.memory_gates,
         )  # fmt: skip
         self.index = index
         self.prompt_tokens, self.completion_tokens, self.cached_tokens = len(prompt.ids), 0, 0
@@ -42,6 +44,8 @@ class Answer:
         self._tokenizer = engine.tokenizer
         self._splitter = prompt.splitter()
         self._deltas = engine.stream(request)
+        self._gated = chat.memory_gates
+        self._unread: deque[int] = deque()  # tokens whose gate is not known yet
 
     async def parts(self) -> AsyncIterator[Part | None]:
         """What the steps give; None when there was none for a while."""
@@ -62,20 +66,28 @@ class Answer:
         self.finish_reason = delta.finish_reason
         texts = self._splitter.feed(delta.text) + (self._splitter.flush() if delta.finish_reason else [])
         drawn = zip(delta.token_ids, delta.logprobs, strict=False)  # no logprobs unless asked for
-        return Part(texts, [self._logprob(token, logprob) for token, logprob in drawn], delta.finish_reason)
+        logprobs = [{**self._shown(token), "logprob": logprob, "top_logprobs": []} for token, logprob in drawn]
+        return Part(texts, logprobs, self._gates(delta) if self._gated else [], delta.finish_reason)
 
-    def _logprob(self, token: int, logprob: float) -> dict:
+    def _gates(self, delta: Delta) -> list[dict]:
+        """Every token with its gate as that becomes known; the last token of all is never read, and has none."""
+        self._unread += delta.token_ids
+        found = [{**self._shown(self._unread.popleft()), "gate": round(gate, 4)} for gate in delta.memory_gates]
+        return found + [{**self._shown(token), "gate": None} for token in self._unread if delta.finish_reason]
+
+    def _shown(self, token: int) -> dict:
         data = self._tokenizer.decode_bytes([token])
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data), "top_logprobs": []}
+        return {"token": data.decode(errors="replace"), "bytes": list(data)}
 
 
 async def whole_answer(head: dict, answers: list[Answer]) -> dict:
     """The answer in one piece."""
-    said = [{"content": [], "reasoning": [], "logprobs": []} for _ in answers]
+    said = [{"content": [], "reasoning": [], "logprobs": [], "gates": []} for _ in answers]
     async with aclosing(together(answers)) as parts:
         async for answer, part in parts:
             if part is not None:
                 said[answer.index]["logprobs"] += part.logprobs
+                said[answer.index]["gates"] += part.gates
                 for kind, text in part.texts:
                     said[answer.index][kind].append(text)
     choices = [
@@ -83,7 +95,7 @@ async def whole_answer(head: dict, answers: list[Answer]) -> dict:
             "index": answer.index,
             "message": protocol.message("".join(own["content"]), "".join(own["reasoning"])),
             "finish_reason": answer.finish_reason,
-            "logprobs": {"content": own["logprobs"]} if own["logprobs"] else None,
+            **protocol.by_token(own["logprobs"], own["gates"]),
         }
         for answer, own in zip(answers, said, strict=True)
     ]
@@ -94,27 +106,27 @@ async def stream_events(head: dict, chat: ChatRequest, answers: list[Answer]) ->
     """The answer as server-sent events, those of all choices as they come."""
     head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if chat.include_usage else {})
 
-    def chunk(answer: Answer, delta: dict, logprobs: list[dict], finish_reason: str | None = None) -> str:
+    def chunk(answer: Answer, delta: dict, finish_reason: str | None = None) -> str:
         choice = {"index": answer.index, "delta": delta, "finish_reason": finish_reason}
-        choice["logprobs"] = {"content": logprobs} if logprobs else None
-        return protocol.event({**head, "choices": [choice]})
+        written = protocol.event({**head, "choices": [choice | protocol.by_token(*waiting[answer.index])]})
+        waiting[answer.index] = ([], [])
+        return written
 
-    waiting = [[] for _ in answers]  # logprobs of tokens whose text is held back
+    waiting = [([], []) for _ in answers]  # logprobs and gates of tokens whose text is held back
     try:
         for answer in answers:
-            yield chunk(answer, {"role": "assistant", "content": ""}, [])
+            yield chunk(answer, {"role": "assistant", "content": ""})
         async with aclosing(together(answers)) as parts:
             async for answer, part in parts:
                 if part is None:
                     yield ": still working\n\n"
                     continue
-                held = waiting[answer.index]
-                held += part.logprobs
+                for held, new in zip(waiting[answer.index], (part.logprobs, part.gates), strict=True):
+                    held += new
                 for kind, text in part.texts:
-                    yield chunk(answer, protocol.delta(kind, text), held)
-                    held.clear()
+                    yield chunk(answer, protocol.delta(kind, text))
                 if part.finish_reason:
-                    yield chunk(answer, {}, held, part.finish_reason)
+                    yield chunk(answer, {}, part.finish_reason)
         if chat.include_usage:
             yield protocol.event({**head, "choices": [], "usage": total_usage(answers)})
     except Exception as error:  # the status line is gone: tell it in the stream

@@ -45,6 +45,7 @@ class ChatRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    memory_gates: bool = False  # ours: how far the model's memory (Engram) opened at each token
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -74,6 +75,7 @@ def parse(body: bytes) -> ChatRequest:
         seed=fields.integer("seed", -(2**63), 2**63 - 1, None),
         stop=_stop(data.pop("stop", None)),
         logprobs=fields.take("logprobs", bool, False, "a boolean"),
+        memory_gates=fields.take("memory_gates", bool, False, "a boolean"),
     )
     for name, value in data.items():
         if name not in IGNORED and value and value != NEUTRAL.get(name):
@@ -91,6 +93,11 @@ def message(content: str, reasoning: str) -> dict:
 def delta(kind: str, text: str) -> dict:
     """A part of it, for `choices[].delta`; kind is "reasoning" or "content"."""
     return {"content": text} if kind == "content" else {"reasoning_content": text, "reasoning": text}
+
+
+def by_token(logprobs: list[dict], gates: list[dict]) -> dict:
+    """What `choices[]` tell of each token; `memory_gates` only where there are some."""
+    return {"logprobs": {"content": logprobs} if logprobs else None} | ({"memory_gates": gates} if gates else {})
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict:

@@ -95,6 +95,7 @@ class Api:
             "owned_by": "twelve",
             "context_length": engine.context,
             "chat": engine.tokenizer.chat_template is not None,
+            "memory": getattr(engine.model, "memory", None) is not None,
         }
 
     async def health(self, http: Request) -> Response:
@@ -119,6 +120,8 @@ class Api:
         chat = protocol.parse(await read_body(http))
         if chat.model is not None:
             self._check_model(chat.model)
+        if chat.memory_gates and not self.card["memory"]:
+            raise ApiError(400, "memory_gates: this model has no memory", "memory_gates", "unsupported_parameter")
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.card["id"]}
         try:
             prompt = await asyncio.to_thread(read_prompt, self.engine.tokenizer, chat.messages)
