@@ -126,31 +126,37 @@ def quantize_model(
         read(name)
         if name != "norm":
             _replace(model, name, ends, None)
+    if model.hc_head is not None:
+        read("hc_head")
     states = None if ids is None else model.embed_tokens(ids)
+    if ids is not None and model.hc_head is not None:
+        states = states[:, :, None].repeat(1, 1, model.config.hc_mult, 1)
     for name in tqdm(blocks, desc="quantize", unit="layer"):
         read(name)
-        block = model.get_submodule(name)
         if name == "mtp.0" and ids is not None:
-            states = model.norm(states)
+            states = model.norm(states if model.hc_head is None else model.hc_head(states))
         if name.startswith("mtp.") and ids is not None:
             states, ids = states[:, :-1].contiguous(), ids[:, 1:]
         inputs = Inputs()
         names = [found for found in packable(model) if found.startswith(f"{name}.")]
         if ids is not None:
             with inputs.watch([model.get_submodule(found) for found in names]):
-                _through(model, block, states, ids, keep=False)
+                _through(model, name, states, ids, keep=False)
         for found in names:
             _replace(model, found, form, inputs)
         if ids is not None and name != blocks[-1]:
-            _through(model, block, states, ids, keep=True)
+            _through(model, name, states, ids, keep=True)
 
 
-def _through(model: Transformer, block: nn.Module, states: Tensor, ids: Tensor, keep: bool) -> None:
+def _through(model: Transformer, name: str, states: Tensor, ids: Tensor, keep: bool) -> None:
     """Run a layer or MTP module over states [W, T, D], a few windows at a time; `keep` puts the output there."""
-    at = model.positions(ids[:1])
+    at, block = model.positions(ids[:1]), model.get_submodule(name)
     for rows, tokens in zip(*(x.split(max(1, TOKENS // ids.shape[1])) for x in (states, ids)), strict=True):
-        embedded = (model.embed_tokens(tokens),) if isinstance(block, MTPModule) else ()
-        out, _ = block(rows, *embedded, at)
+        if isinstance(block, MTPModule):
+            out, _ = block(rows, model.embed_tokens(tokens), at)
+        else:
+            found = model.memory.look_up(tokens, at)[int(name.split(".")[1])] if block.engram is not None else None
+            out, _ = block(rows, at, found=found)
         if keep:
             rows.copy_(out)
 

@@ -42,7 +42,10 @@ def tokenize(options: Options) -> Result:
 def pretrain(options: Options) -> Result:
     from twelve.train.pretrain import pretrain
 
-    return pretrain(options.paths, options.out, **_given(options, TRAINING | SHAPE), started=STARTED)
+    given, switches = _given(options, TRAINING | SHAPE), _given(options, SWITCHES)
+    if "engram_layers" in switches:
+        switches["engram_layer_ids"] = switches.pop("engram_layers")
+    return pretrain(options.paths, options.out, **given, switches=switches or None, started=STARTED)
 
 
 def sft(options: Options) -> Result:
@@ -76,13 +79,20 @@ def evaluate(options: Options) -> Result:
         from twelve.evaluate.audit import audit
 
         return audit(options.audit, **_given(options, {"wrong_answers", "seed"}))
+    if options.facts_text:
+        from twelve.evaluate.facts import write_documents
+
+        given = _given(options, {"seed"}) | ({"count": options.facts} if options.facts else {})
+        count = write_documents(options.facts_text, languages=options.language, **given)
+        return {"documents": count, "file": options.facts_text, "next": f"twelve pretrain TEXT {options.facts_text}"}
     if options.model is None:
-        raise InputError("name a MODEL to measure; only --audit TASK does without one")
+        raise InputError("name a MODEL to measure; only --audit TASK and --facts-text FILE do without one")
     from twelve.evaluate.evaluate import evaluate
 
     return evaluate(
         options.model, texts=options.text, tasks=options.task, languages=options.language, levels=options.level,
-        **_given(options, {"problems", "limit", "context", "temperature", "seed", "device"}),
+        without_memory=options.without_memory,
+        **_given(options, {"problems", "limit", "context", "temperature", "seed", "device", "facts"}),
     )  # fmt: skip
 
 
@@ -168,6 +178,7 @@ DISTILLATION = {
     "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "max_tokens", "lora",
 }  # fmt: skip
 SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
+SWITCHES = {"hc_mult", "engram_vocab_size", "engram_layers", "engram_dtype"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
 DISK = 4 * 2**30  # bytes of --cache without --cache-disk
 SAMPLING = {"temperature", "top_p", "max_tokens", "seed"}

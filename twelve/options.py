@@ -47,6 +47,11 @@ def numbers(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def naturals(text: str) -> list[int]:
+    """Whole numbers from 0 on, like 1,3."""
+    return [natural(part) for part in text.split(",")]
+
+
 def assignment(text: str) -> tuple[str, str]:
     """NAME=VALUE."""
     name, equals, value = text.partition("=")

@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 import twelve
+from twelve.config import TABLE_DTYPES
 from twelve.errors import InputError
 from twelve.options import (
     assignment,
     device,
     natural,
+    naturals,
     not_negative,
     numbers,
     port,
@@ -79,6 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--experts", type=natural, help="routed experts a layer; 0 makes a dense model")
     made.add_argument("--experts-per-token", type=positive, help="of them, how many work on a token")
     made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
+    made.add_argument("--hc-mult", type=positive, help="residual streams (default: 1, no hyper-connections)")
+    made.add_argument("--engram-vocab-size", type=positive, help="rows a head of an n-gram memory (default: none)")
+    made.add_argument("--engram-layers", type=naturals, metavar="N,N", help="that read it (default: 1 and the middle)")
+    made.add_argument("--engram-dtype", choices=TABLE_DTYPES, metavar="NAME", help="float32 (default), bfloat16, int8")
     _computing(made)
 
     made = verb("sft", "MODEL PATH...", "Fine-tune on conversations. The same command again resumes.")
@@ -138,10 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
     _training(made)
     _computing(made)
 
-    made = verb("eval", "[MODEL]", "Measure a model on text, tasks or both; or, without one, audit a task.")
+    made = verb("eval", "[MODEL]", "Measure a model on text, facts or tasks; or, without one, audit a task.")
     made.add_argument("model", nargs="?", metavar="MODEL")
     made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="bits per byte of each")
     made.add_argument("--task", nargs="+", metavar="TASK", default=[], help="a name, mine.py, .jsonl, gym:NAME, or all")
+    made.add_argument("--facts", nargs="?", type=positive, const=100, metavar="N", help="recall of invented ones (100)")
+    made.add_argument("--facts-text", metavar="FILE", help="write what teaches them (no MODEL)")
+    made.add_argument("--without-memory", action="store_true", help="with a table of zeros in Engram's place")
     made.add_argument("--audit", nargs="+", metavar="TASK", default=[], help="how often its scorer is wrong (no MODEL)")
     made.add_argument("--wrong-answers", type=positive, metavar="N", help="of an audit (default: 10000; code: 200)")
     _code(made)

@@ -142,6 +142,7 @@ NAMES = {  # of the columns of training/metrics.jsonl: title, unit
     "tokens_per_second": ("Throughput", "tokens/s"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "max_violation": ("Expert load imbalance", "MaxVio of the worst layer"),
+    "hc_gain": ("Residual gain", "largest sum of a row or column of the mappings' product"),
 }
 CLOCKS = ("step", "tokens", "seconds")
 

@@ -21,6 +21,7 @@ from twelve.convert.huggingface import (
     INDEX,
     PICKLES,
     SINGLE,
+    TABLE,
     Folder,
     Source,
     check,
@@ -93,7 +94,8 @@ def load(
     default float32 on the CPU and as stored elsewhere (bfloat16 for quantised GGUF). A folder that `twelve quantize`
     wrote keeps its packed weights (`twelve.quantize`); `packed` keeps a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they
     are, too, instead of making floats of them. The weights are read one tensor at a time from memory maps, so the peak
-    is the model and one tensor. `InputError` for anything wrong with what is read.
+    is the model and one tensor; an Engram table stays in its mapped file. `InputError` for anything wrong with what is
+    read.
     """
     source = _open(resolve(path_or_name), packed)
     device = torch.device(device) if device is not None else _default_device()
@@ -126,11 +128,17 @@ def _outline(source: Source, dtype: torch.dtype) -> tuple[Transformer, Tokenizer
     model = _without_memory(config)
     swap(model, source.forms(model), dtype)
     check(model.state_dict(), source, config)
+    _open_table(model, source)
     tokenizer = source.tokenizer()
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
         raise InputError(f"{source.path}: the tokenizer has {sizes}")
     return model, tokenizer
+
+
+def _open_table(model: Transformer, source: Source) -> None:
+    if model.memory is not None:
+        model.memory.open(source.path / TABLE)
 
 
 def _trim() -> None:
@@ -187,6 +195,7 @@ def load_weights(model: Transformer, path_or_name: str | Path) -> None:
     require_floats(path_or_name)
     source, tensors = _open(resolve(path_or_name)), model.state_dict()
     check(tensors, source, model.config)
+    _open_table(model, source)
     fill(tensors, source, model.config)
 
 
@@ -213,12 +222,14 @@ def save(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder that transformers reads too: config, weights (sharded above `shard_bytes`), tokenizer, card.
+    With Engram its table goes beside the weights, as a link where its file is not one that can be trained.
 
     Packed weights stay packed, in a folder that only we read; `twelve.quantize.dequantize` makes floats of them first.
     Everything is written and synced under temporary names first, then put in place in this order: tokenizer and card,
-    weights, config. Killed before that, the folder is the old model. Killed between two of these renames it is the
-    old model or the new weights under the old config: the new model whenever both configs are equal, as when a run
-    saves over its own folder, else refused if a shape differs. A full disk is an `InputError`, the folder as it was.
+    table, weights, config. Killed before that, the folder is the old model. Killed between two of these renames it is
+    the old model, or the new weights under the old config: the new model whenever both configs are equal, as when a run
+    saves over its own folder, else refused if a shape differs; or old weights beside a new table, which is refused if
+    it has another identity. A full disk is an `InputError`, the folder as it was.
     Files of other names stay.
     """
     folder = Path(path)
@@ -229,7 +240,7 @@ def save(
         kept = _write(model, tokenizer, folder, card, shard_bytes)
     except OSError as error:
         raise InputError(f"cannot save in {folder}: {error.strerror}") from error
-    for file in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX):
+    for file in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX, folder / TABLE):
         if file.name not in kept:
             file.unlink(missing_ok=True)
 
@@ -251,6 +262,10 @@ def _write(model: Transformer, tokenizer: Tokenizer | None, folder: Path, card: 
             put(INDEX).write_text(_json(index), encoding="utf-8")
         for name, tensors in shards.items():
             write_safetensors(tensors, put(name), {"format": "pt"})  # transformers insists on this entry
+        if model.memory is not None:
+            table, target = model.memory.table, folder / TABLE
+            in_place = table.path is not None and target.exists() and target.samefile(table.path)
+            table.save_as(target if in_place else put(TABLE))
         put("generation_config.json").write_text(_json(_generation(model.config, tokenizer)), encoding="utf-8")
         if card is not None:
             put("README.md").write_text(card, encoding="utf-8")
@@ -259,7 +274,7 @@ def _write(model: Transformer, tokenizer: Tokenizer | None, folder: Path, card: 
                 tokenizer.save(scratch)
                 for file in Path(scratch).iterdir():
                     put(file.name).write_bytes(file.read_bytes())
-    return {*shards, *([INDEX] if index else [])}
+    return {*shards, *([INDEX] if index else []), *([TABLE] if model.memory is not None else [])}
 
 
 def _shards(model: Transformer, folder: Path, limit: int) -> tuple[dict[str, dict[str, Tensor]], dict | None]:

@@ -27,10 +27,12 @@ from twelve.model.rope import inverse_frequencies
 from twelve.quantize import BUFFERS, Form
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TABLE = "engram.safetensors"  # the rows of a conditional memory: `twelve.table`
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
+    "twelve": "TwelveForCausalLM",  # that no library has
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -272,7 +274,7 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
             if values.get(key, rope.get(key)) not in (None, only):
                 raise InputError(f"config: {key} {values.get(key, rope.get(key))} is not supported, only {only}")
         for field in fields(ModelConfig):
-            if not _fits(values.get(field.name, field.default), field.type):
+            if field.name in values and not _fits(values[field.name], field.type):
                 raise InputError(f"config: {field.name} must be {field.type}, not {values[field.name]!r}")
         config = ModelConfig.from_dict(values)
         if not inverse_frequencies(config)[0].isfinite().all():
@@ -301,7 +303,7 @@ def config_values(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     values["rope_theta"] = scaling.pop("rope_theta")
     plain = scaling["rope_type"] == "default"
     values["rope_scaling"] = None if plain else {**scaling, "type": scaling["rope_type"]}
-    if config.model_type == "deepseek_v3":
+    if config.model_type in ("twelve", "deepseek_v3"):
         values["n_group"], values["topk_group"] = config.n_group or 1, config.topk_group or config.n_group or 1
         if config.n_routed_experts is None:  # said in the only way that transformers understands
             values["first_k_dense_replace"] = config.num_hidden_layers

@@ -116,7 +116,8 @@ def follow(
             room = config.max_position_embeddings - max_tokens
             opened = open_judge(judge, judge_model, judge_prompts, tokenizer, room)
         if lora is None:
-            lora = RANK if count_parameters(config)["total"] >= ADAPTERS_FROM else 0
+            sizes = count_parameters(config)
+            lora = RANK if sizes["total"] - sizes["table"] >= ADAPTERS_FROM else 0
         resolved = options | {"max_tokens": max_tokens, "lora": lora, "quiet": quiet}
         chain = _Chain(folder, stages, cells, resolved, reinforcement, progress, opened, began)
         chain.run()

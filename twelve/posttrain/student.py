@@ -27,8 +27,10 @@ def kept_layers(depth: int, layers: int) -> list[int]:
 
 def cut(teacher: Transformer, layers: int) -> tuple[Transformer, list[int]]:
     """A model of float weights made of `layers` of the teacher's, and which these are. Embedding, final norm, head and
-    MTP modules are the teacher's own. InputError where the teacher has fewer layers."""
+    MTP modules are the teacher's own. InputError where the teacher has fewer layers, or a memory."""
     config = teacher.config
+    if config.engram_layer_ids:
+        raise InputError("a model with a memory (Engram) cannot be cut: its rows belong to its layers; ask for --width")
     kept = kept_layers(config.num_hidden_layers, layers)
     dense = config.first_k_dense_replace
     first_dense = sum(index < dense for index in kept) + max(0, dense - config.num_hidden_layers)  # MTP counts on

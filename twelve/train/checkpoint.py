@@ -28,13 +28,18 @@ def save_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW, state:
     """Weights and router biases, optimiser, and `state` (numbers and text: step, seconds, ...).
 
     There is no random state to keep: initial weights, order of the data and everything else drawn are functions of the
-    seed and the step. Raises InputError when the disk is full; the file before stays.
+    seed and the step. A memory's table is on the disk before, and can be rolled back to the file before until this one
+    is in its place. Raises InputError when the disk is full; the file before stays.
     """
+    if optimizer.table is not None:
+        optimizer.table.flush()
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in trained_state(model).items()}
     tensors |= {f"optimizer.{name}": tensor.contiguous() for name, tensor in optimizer.state.items()}
     metadata = {"state": json.dumps({**state, "optimizer_steps": optimizer.step_count})}
     with atomic_write(path) as temporary:
         write_safetensors(tensors, temporary, metadata)
+    if optimizer.table is not None:
+        optimizer.table.commit(state["step"])
 
 
 def load_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW) -> dict:
@@ -48,4 +53,6 @@ def load_checkpoint(path: Path, model: Transformer, optimizer: MuonAdamW) -> dic
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise InputError(f"{path}: not a checkpoint of this model ({error}); remove it to start again") from error
     optimizer.step_count = state["optimizer_steps"]
+    if optimizer.table is not None:
+        optimizer.table.rollback(state["step"])
     return state

@@ -19,9 +19,11 @@ from twelve.errors import InputError
 from twelve.files import atomic_write
 from twelve.lora import refresh
 from twelve.model import Transformer
+from twelve.model.hyper_connections import sampled_gain
 from twelve.model.layers import linear_cross_entropy
 from twelve.model.transformer import MainLoss
 from twelve.train.checkpoint import load_checkpoint, save_checkpoint
+from twelve.train.memory import JOURNAL, describe_table, own_table
 from twelve.train.optimizer import MuonAdamW
 from twelve.train.plan import Plan
 from twelve.train.precision import autocast
@@ -51,6 +53,7 @@ class Trainer:
 
     def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
         self.model, self.plan, self.folder = model.train(), plan, folder
+        own_table(model, folder)
         self.optimizer = MuonAdamW(
             model, weight_decay=plan.weight_decay, muon=plan.muon,
             adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0,
@@ -60,6 +63,8 @@ class Trainer:
         self.memory: dict[str, Any] = {}
         self.checkpoint = folder / "training" / "checkpoint.safetensors"
         self.metrics = folder / "training" / "metrics.jsonl"
+        if self.optimizer.table is not None:
+            self.optimizer.table.begin(folder / JOURNAL)
         if plan.compile:
             model.compile_layers()
 
@@ -129,6 +134,9 @@ class Trainer:
                 now = time.monotonic()
                 self.seconds, longest = before + now - began, max(longest, now - started)
                 figures |= {"seconds": self.seconds, "tokens_per_second": (self.tokens - tokens) / (now - started)}
+                gain = sampled_gain(self.model.layers)
+                if gain is not None:
+                    figures["hc_gain"] = gain
                 log.write(json.dumps({key: _short(value) for key, value in figures.items()}) + "\n")
                 bar.update()
                 bar.set_postfix_str(self.describe(figures, seconds_left))
@@ -170,6 +178,8 @@ class Trainer:
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self.memory = state["memory"]
             self.earlier = self.seconds if self.timed else 0.0
+        elif self.optimizer.table is not None:
+            self.optimizer.table.rollback(0)
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines()[: self.step]
             with atomic_write(self.metrics) as temporary:
@@ -186,6 +196,10 @@ class Supervised(Trainer):
         super().__init__(model, plan, folder)
         self.batches = batches
         self.routers = [layer.gate for layer in model.moe_layers()]
+        self.following: tuple[int, Any] = (-1, None)  # step, batch: read ahead
+
+    def announce(self) -> dict[str, str]:
+        return describe_table(self.model, self.batches) if self.model.memory is not None else {}
 
     def main_loss(self, batch: Any, rows: slice) -> MainLoss:
         """What these rows of the batch are judged by."""
@@ -196,7 +210,7 @@ class Supervised(Trainer):
         plan, step = self.plan, self.step
         rate = learning_rate(step, plan.steps(step), plan.learning_rate, plan.warmup, plan.decay_share)
         decaying = plan.in_decay(step)
-        batch = self.batches(step)
+        batch = self._batch(step)
         counted = max(1, int((batch.targets >= 0).sum()))
         figures = {"loss": 0.0, "mtp_loss": 0.0, "balance": 0.0}
         loads = None
@@ -228,6 +242,17 @@ class Supervised(Trainer):
         self.step += 1
         self.tokens += batch.ids.numel()
         return {"step": self.step, "tokens": self.tokens, "learning_rate": rate, **figures}
+
+    def _batch(self, step: int) -> Any:
+        """The step's batch. What the memory's table holds for the next one is fetched from the disk meanwhile."""
+        if self.model.memory is None or not self.model.memory.table.is_far:
+            return self.batches(step)
+        at, batch = self.following
+        if at != step:
+            batch = self.batches(step)
+        self.following = step + 1, self.batches(step + 1)
+        self.model.memory.prefetch(self.following[1].ids)
+        return batch
 
 
 class _InterruptFlag:

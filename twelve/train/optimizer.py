@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from twelve.model import Transformer
 from twelve.model.attention import LatentAttention
+from twelve.model.engram import Engram
 from twelve.model.moe import Experts
+from twelve.table import Table
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+TABLE_LR_SCALE = 5.0  # of the rows of a memory (Engram, arXiv 2601.07372), which are not decayed
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -32,8 +35,8 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Names of the parameters for Muon, and the shape [..., n, m] of the matrices that each one holds.
 
     Projections that stack something are taken apart, since orthogonalising the stack would tie its parts together:
-    experts, gate from up, and the heads of MLA (GLM-5, arXiv 2602.15763). Embedding, head, router and vectors are
-    AdamW's.
+    experts, gate from up, the heads of MLA (GLM-5, arXiv 2602.15763), and the keys of Engram's streams. Embedding,
+    head, router and vectors are AdamW's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():
@@ -49,6 +52,9 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
                 if f"{prefix}.{name}.weight" in shapes:
                     rows, columns = shapes[f"{prefix}.{name}.weight"]
                     shapes[f"{prefix}.{name}.weight"] = (module.heads, rows // module.heads, columns)
+        elif isinstance(module, Engram) and f"{prefix}.key_proj.weight" in shapes:
+            rows, columns = shapes[f"{prefix}.key_proj.weight"]
+            shapes[f"{prefix}.key_proj.weight"] = (module.streams, rows // module.streams, columns)
     return shapes
 
 
@@ -56,7 +62,8 @@ class MuonAdamW:
     """One step of Muon on the matrices and of AdamW on everything else, at one learning rate.
 
     Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate and
-    the weight decay; `embed_lr_scale` multiplies it for the embedding and the head.
+    the weight decay; `embed_lr_scale` multiplies it for the embedding and the head. A memory's
+    table takes its own kind of step (`twelve.table`) at TABLE_LR_SCALE times the rate.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class MuonAdamW:
         self.muon_names = [name for name in named if name in shapes]
         self.adam_names = [name for name in named if name not in shapes]
         self.shapes = shapes
-        self.named = named
+        self.named, self.memory = named, model.memory
         self.momentum, self.betas, self.weight_decay = momentum, betas, weight_decay
         self.adamw_lr_scale = adamw_lr_scale
         self.step_count = 0
@@ -83,6 +90,14 @@ class MuonAdamW:
         self.step_count += 1
         self._step_matrices(lr)
         self._step_rest(lr * self.adamw_lr_scale)
+        if self.table is not None:
+            self.table.update(lr * TABLE_LR_SCALE)
+
+    @property
+    def table(self) -> Table | None:
+        """What the model's memory reads, if there is one and it is trained."""
+        table = self.memory.table if self.memory is not None else None
+        return table if table is not None and table.trainable else None
 
     def _step_matrices(self, lr: float) -> None:
         # matrices of one shape are orthogonalised together: fewer, larger products
@@ -121,3 +136,5 @@ class MuonAdamW:
     def zero_grad(self) -> None:
         for parameter in self.named.values():
             parameter.grad = None
+        if self.table is not None:
+            self.table.pending.clear()

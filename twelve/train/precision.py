@@ -43,9 +43,9 @@ def keep_freed_memory() -> None:
     A training step frees and allocates the same few hundred megabytes over and over; this took about a tenth of its
     time. Without glibc it does nothing.
     """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_threshold, 32 << 20)
+        mallopt(mmap_max, 0)  # not a threshold: the largest that glibc takes is 32 MiB, and residual streams are above
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 << 20)

@@ -15,6 +15,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.model import Transformer
 from twelve.model.transformer import has_compiler
 from twelve.train.loop import Supervised
+from twelve.train.memory import own_table
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run
@@ -24,15 +25,15 @@ def pretrain(
     paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None, seed: int = 0,
     tokenizer: str | None = None, vocab_size: int | None = None, width: int = 256, layers: int = 4, experts: int = 8,
     experts_per_token: int = 2, mtp: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 4e-3,
-    muon: bool = True, compile: bool | None = None, device: str | None = None, started: float | None = None,
-    quiet: bool = False,
+    muon: bool = True, compile: bool | None = None, device: str | None = None, switches: dict[str, Any] | None = None,
+    started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a V3-shape model on documents and save it as a folder; the same call again resumes.
 
     `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context`
-    tokens. One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the
-    length; 10 minutes if none does. Returns the figures of the run. Raises InputError for bad input and Interrupted on
-    Ctrl-C.
+    tokens. `switches` are more keys of the config, of hyper-connections (hc_) and memory (engram_). One of `minutes`
+    (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes if none
+    does. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
     """
     if minutes is None and steps is None:
         minutes = 10.0
@@ -40,7 +41,7 @@ def pretrain(
         "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "width": width, "layers": layers, "experts": experts,
         "experts_per_token": experts_per_token, "mtp": mtp, "context": context, "batch": batch,
-        "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device,
+        "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device, "switches": switches,
     }  # fmt: skip
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
@@ -48,7 +49,8 @@ def pretrain(
         shards = _shards(paths, folder, tokenizer, vocab_size, quiet)
         data, words = PackedData(shards), Tokenizer.load(shards)
         if plan is None:
-            config = small_v3(words.vocab_size, width, layers, experts, experts_per_token, context, mtp)
+            shape = (words.vocab_size, width, layers, experts, experts_per_token, context, mtp)
+            config = small_v3(*shape, **(switches or {}))
             config.bos_token_id = words.bos_id
             config.eos_token_id = words.eos_id
             config.pad_token_id = words.pad_id
@@ -65,7 +67,11 @@ def pretrain(
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
         def make_trainer() -> Supervised:
-            return Supervised(Transformer(config).init_weights(seed).to(target), batches, plan, folder)
+            model = Transformer(config)
+            if model.memory is not None:
+                model.memory.use_tokenizer(words)
+                own_table(model, folder)
+            return Supervised(model.init_weights(seed).to(target), batches, plan, folder)
 
         epoch_steps = max(1, data.windows(context) // batch)
         chats = data.conversations > 0

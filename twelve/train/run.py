@@ -128,19 +128,21 @@ def _fix_length(
 def _reserve(trainer: Trainer) -> float:
     """Seconds to keep for the last checkpoint, the model folder and the report."""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
-    written = 12 * trained + 4 * _sizes(trainer.plan)["parameters"]  # frozen ones stand in no checkpoint
+    sizes = _sizes(trainer.plan)
+    written = 12 * trained + 4 * (sizes["parameters"] - sizes.get("table_parameters", 0))  # a table is in its place
     return 2.0 + written / SAVE_BYTES_PER_SECOND
 
 
 def _print_plan(trainer: Trainer, prepared: Prepared, minutes: float | None, resumed: bool) -> None:
     plan, sizes = trainer.plan, _sizes(trainer.plan)
     total, active = sizes["parameters"] / 1e6, sizes["active_parameters"] / 1e6
+    rows = sizes.get("table_parameters", 0) / 1e6
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
     steps = plan.steps(0)
     length = f"{steps:,} steps" + (f", what {minutes:g} minutes are thought to hold" if minutes and not resumed else "")
     if steps >= NO_END:
         length = f"{minutes:g} minutes"
-    adapters = f", {trained:.2f}M of adapters are trained" if trained < 0.9 * total else ""
+    adapters = f", {trained:.2f}M of adapters are trained" if trained < 0.9 * (total - rows) else ""
     print(f"model     {total:.2f}M parameters, {active:.2f}M of them active a token{adapters}")
     if prepared.epoch_steps:
         tokens = steps * plan.batch_size * plan.context
@@ -157,7 +159,8 @@ def _print_plan(trainer: Trainer, prepared: Prepared, minutes: float | None, res
 
 def _sizes(plan: Plan) -> dict[str, int]:
     counts = count_parameters(ModelConfig(**plan.config), mtp=True)
-    return {"parameters": counts["total"], "active_parameters": counts["active"]}
+    sizes = {"parameters": counts["total"], "active_parameters": counts["active"]}
+    return sizes | ({"table_parameters": counts["table"]} if counts["table"] else {})
 
 
 def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) -> dict[str, Any]:
@@ -182,6 +185,8 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
     report.write_report(path, f"{folder.name}: {plan.stage}", sections)
     plan.complete = True
     plan.save(folder)
+    if (table := trainer.optimizer.table) is not None:
+        table.end()
     trainer.checkpoint.unlink(missing_ok=True)  # several times the model's size, and nothing is left to resume
     following = f"twelve chat {folder}" if prepared.chats else f'twelve generate {folder} "..."'
     return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path), "next": following}
