@@ -387,7 +387,7 @@ def product_seconds(engine: Engine, batch: int, rows: int, drawn: int, threads: 
                and name not in ("embed_tokens", "lm_head")}  # fmt: skip
     head = model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     for module, times in [*((module, rows / batch) for module in modules.values()), (head, drawn / batch)]:
-        matrix = runner._matrix(module)
+        matrix = runner.weights.matrix(module)
         x = np.ones((batch, matrix.columns), np.float32)
         out = np.empty((batch, matrix.rows), np.float32)
         taken = []

@@ -180,14 +180,14 @@ def encode(values: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
 def own(path: Path) -> None:
     """Make sure that a file may be changed, and that no other folder's changes with it: a shared one is copied.
 
-    InputError when it is read-only, even for those whom the kernel would let write.
+    InputError when it is read-only and not shared, even for those whom the kernel would let write.
     """
     status = path.stat()
-    if not status.st_mode & 0o222:
-        raise InputError(f"{path} is read-only, and training changes it: allow writing (chmod u+w), or copy the folder")
     if status.st_nlink > 1:
         with atomic_write(path) as temporary:
             copy_file(path, temporary)
+    elif not status.st_mode & 0o222:
+        raise InputError(f"{path} is read-only, and training changes it: allow writing (chmod u+w), or copy the folder")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -75,6 +75,23 @@ def test_logits_equal_the_models_own(name):
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("streams")])
+def test_a_stream_that_hardly_gets_anything_is_as_in_the_model(name):
+    """Where a whole row of comb vanishes beside the others, each of its entries counts as the least."""
+    model = model_of(name)
+    n, vocab = model.config.hc_mult, model.config.vocab_size
+    with torch.no_grad():
+        for layer in model.layers:
+            comb = layer.attn_hc.base[2 * n :].view(n, n)
+            (comb.T if model.config.hc_sinkhorn_order == "deepseek_v4" else comb)[0] = -200
+    [text] = sequences(vocab, (70,))
+    [found] = run(runner_of(model, vocab), [text], 50, vocab)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(text)[None])[0].numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_row_is_the_same_to_the_last_bit_in_any_company(name, packed):
@@ -146,6 +163,30 @@ def test_a_table_without_an_address_is_read_by_the_plain_runner():
     unmapped = make_engine(model, Numbers())
     assert isinstance(unmapped.runner, PlainRunner)
     assert unmapped.generate([request])[0].token_ids == found[0].token_ids
+
+
+@pytest.mark.parametrize("kind", [PlainRunner, pytest.param(native.NativeRunner, marks=needs_compiler)])
+@pytest.mark.parametrize("name", ["both-v3", "memory-no-convolution"])
+@pytest.mark.parametrize("far", [False, True])
+def test_all_rows_of_a_step_are_fetched_where_the_table_may_lie_on_a_disk(name, kind, far, monkeypatch):
+    model = model_of(name)
+    runner, table = kind(model, VOCABULARY), type(model.memory.table)
+    runner.allocate(5)
+    fetched = []
+    texts = [text.tolist() for text in sequences(VOCABULARY, (90, 20))]
+    parts = [(texts[0], 30, 59, [4, 2]), (texts[1], 0, 19, [1])]
+    scores = []
+    for ready in (False, far):
+        monkeypatch.setattr(table, "is_far", property(lambda table, ready=ready: ready))
+        monkeypatch.setattr(table, "prefetch", lambda table, rows: fetched.append(rows))
+        runner.step(make_step([(texts[0], 0, 30, [4])], targets=np.array(texts[0][1:31]), reach=runner.reach))
+        scores.append(runner.step(make_step(parts, targets=following(parts), reach=runner.reach))[1])
+    assert np.array_equal(*scores)
+    assert len(fetched) == 2 * far
+    for text, first in ((texts[0][:89], 30), (texts[1][:19], 0)) if far else ():
+        ids = torch.tensor([text])
+        wanted = model.memory.addresses(ids, model.positions(ids))[:, :, first:]
+        assert np.isin(wanted, fetched[1]).all()
 
 
 # --- the plain runner -------------------------------------------------------------------------------------------------

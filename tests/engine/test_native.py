@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 from test_transformer import CONFIGS, V3, changed, random_model
 
-from twelve.engine import native
+from twelve.engine import describe, native
 from twelve.engine.runner import PAGE, PlainRunner, Step
 from twelve.engine.sampler import draw, log_probabilities, seed_key
 from twelve.engine.scheduler import before
@@ -157,9 +157,8 @@ def test_packed_product_is_exact_in_its_rounded_activations(bits, symmetric, row
     rounded_x = first + torch.where(outlier, in_8_bits(blocks - first), 0)
     wanted = rounded_x.flatten(1) @ packed.dequantize().double().T
     out = np.empty((rows, 50), np.float32)
-    holder = object.__new__(native.NativeRunner)
-    holder._kept = []
-    matrix = holder._packed(packed)
+    weights = describe.Weights(native.library(), None)
+    matrix = weights.packed(packed)
     x = x.contiguous()
     for threads in (1, 3):
         native.library().matrix_product(
@@ -173,9 +172,9 @@ def test_packed_product_is_exact_in_its_rounded_activations(bits, symmetric, row
 def test_panels_give_every_row_the_same_sums_in_any_company(outputs, columns):
     weight, x = torch.randn(outputs, columns), torch.randn(21, columns)
     library = native.library()
-    panels = torch.full((-(-outputs // native.PANEL), columns, native.PANEL), float("nan"))
+    panels = torch.full((-(-outputs // describe.PANEL), columns, describe.PANEL), float("nan"))
     library.panels_fill(weight.data_ptr(), 1, *weight.shape, panels.data_ptr())
-    matrix = native.Matrix(weights=panels.data_ptr(), kind=native.PANELS, rows=outputs, columns=columns)
+    matrix = describe.Matrix(weights=panels.data_ptr(), kind=describe.PANELS, rows=outputs, columns=columns)
 
     def product(rows, threads):
         out = np.empty((len(rows), outputs), np.float32)

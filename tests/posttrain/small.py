@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from twelve import convert
@@ -28,8 +29,21 @@ def llama(tokenizer, layers=2, **changes) -> ModelConfig:
     return replace(config, **changes)
 
 
+SWITCHES = {"model_type": "twelve", "hc_mult": 4, "engram_layer_ids": [1], "engram_vocab_size": 97,
+            "engram_n_heads": 2, "engram_head_dim": 8}  # fmt: skip
+
+
 def model(config: ModelConfig, seed: int = 0) -> Transformer:
-    return Transformer(config).init_weights(seed).eval()
+    """With random weights and, with Engram, a table of random rows."""
+    made = Transformer(config).init_weights(seed).eval()
+    if made.memory is not None:
+        made.memory.create()
+        table = made.memory.table
+        leaf = torch.zeros(table.count, table.width, requires_grad=True)
+        leaf.grad = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(seed))
+        table.pending.append((np.arange(table.count), leaf))
+        table.update(1.0)
+    return made
 
 
 def folder(path, tokenizer, config: ModelConfig, seed: int = 0) -> str:

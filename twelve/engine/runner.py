@@ -136,6 +136,15 @@ def make_runner(model, vocab_size: int, selection: float | None = None) -> Runne
     return PlainRunner(model, vocab_size)
 
 
+def fetch_ahead(memory, step: Step) -> None:
+    """Have a thread read what a step needs of a table that may lie on a disk: all of it at once, which a layer that
+    goes from row to row would not. memory: the model's; None has nothing to read."""
+    if memory is not None and memory.table.is_far:
+        parts = zip(step.before, np.split(step.tokens, step.starts[1:-1]), strict=True)
+        ids = np.concatenate([ids for pair in parts for ids in pair])
+        memory.prefetch(torch.from_numpy(ids)[None])
+
+
 class PlainRunner:
     """The model's own modules on paged memory: what faster runners are tested against, and the way on a GPU."""
 
@@ -190,6 +199,7 @@ class PlainRunner:
     @torch.inference_mode()
     def step(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         model, counts = self.model, np.diff(step.starts)
+        fetch_ahead(model.memory, step)
         self._step = step
         self._states = torch.empty(len(step.tokens), model.config.hidden_size, dtype=self._pool.dtype,
                                    device=self._pool.device)  # fmt: skip

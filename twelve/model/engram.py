@@ -144,7 +144,10 @@ class EngramMemory(nn.Module):
         found = {}
         learns = self.training and torch.is_grad_enabled() and self.table.trainable
         for layer, rows in zip(self.config.engram_layer_ids, self.addresses(ids, at), strict=True):
-            values = torch.from_numpy(self.table.read(rows)).flatten(-3).to(ids.device)
+            values = torch.from_numpy(self.table.read(rows)).flatten(-3)
+            if ids.is_cuda:  # from pinned memory a copy does not hold up what comes before it is needed
+                values = values.pin_memory().to(ids.device, non_blocking=True)
+            values = values.to(ids.device)
             if learns:
                 self.table.pending.append((rows, values.requires_grad_()))
             found[layer] = values

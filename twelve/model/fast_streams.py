@@ -18,7 +18,7 @@ from twelve.compiler import compile_library
 from twelve.config import ModelConfig
 
 SOURCE = Path(__file__).with_name("kernels") / "hyper_connections.cpp"
-VECTORS = Path(__file__).parents[1] / "engine" / "kernels" / "vec.h"
+VECTORS = SOURCE.with_name("vec.h")
 STREAMS, LANES = (2, 4), 16  # numbers of streams that are compiled; a stream's width is a multiple of LANES
 LEAST = 1e-20  # of an entry of comb before its first row is normalised, so that no row vanishes
 
@@ -59,16 +59,16 @@ def available() -> bool:
     return library() is not None
 
 
-def fits(x: Tensor, fn: Tensor, config: ModelConfig) -> bool:
-    """Whether the fast path can take streams x [..., n, D]; Sinkhorn-Knopp to a tolerance is the twin's."""
+def covers(config: ModelConfig) -> bool:
+    """Whether the fast path knows such streams; Sinkhorn-Knopp to a tolerance is the twin's."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == fn.dtype == torch.float32
-        and x.shape[-2] in STREAMS
-        and x.shape[-1] % LANES == 0
-        and not config.hc_tolerance
-        and available()
-    )
+        config.hc_mult in STREAMS and config.hidden_size % LANES == 0 and not config.hc_tolerance and available()
+    )  # fmt: skip
+
+
+def fits(x: Tensor, fn: Tensor, config: ModelConfig) -> bool:
+    """Whether the fast path can take streams x [..., n, D]."""
+    return x.device.type == "cpu" and x.dtype == fn.dtype == torch.float32 and covers(config)
 
 
 Rules = list[float]  # iterations, constrained, transposed, lift, least, norm_eps

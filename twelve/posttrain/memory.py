@@ -2,6 +2,7 @@
 
 Weights, optimiser and gradients are always there. Keys and values exist while answers are sampled, activations while
 the trainer reads them again. Where both do not fit beside each other, the keys and values go before the trainer begins.
+What is read of a memory's table is not counted: the kernel takes pages of a file back where others need the room.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from twelve.config import ModelConfig
 from twelve.errors import InputError
+from twelve.model.fast_streams import covers
 
 TOKENS = 2048  # of a batch of rows, where memory does not decide: more are no faster on a CPU
 SPARE = 96 * 2**20  # Python, logits, scores of attention, what the allocator holds back
@@ -65,7 +67,25 @@ def activation_bytes(config: ModelConfig) -> int:
     if c.n_routed_experts:
         routed = 4 * c.moe_intermediate_size * (c.num_experts_per_tok + (c.n_shared_experts or 0))
     layers = sum(routed if c.is_moe_layer(index) else dense for index in range(c.num_hidden_layers))
-    return int(1.25 * 4 * (layers + c.num_hidden_layers * (6 * hidden + heads) + 4 * hidden))
+    layers += c.num_hidden_layers * (6 * hidden + heads) + _of_streams(c) + len(c.engram_layer_ids) * _of_lookup(c)
+    return int(1.25 * 4 * (layers + 4 * hidden))
+
+
+def _of_streams(config: ModelConfig) -> int:
+    """Numbers that all hyper-connections keep of a token, and the head's; the twin keeps every step of Sinkhorn's."""
+    n, hidden = config.hc_mult, config.hidden_size
+    if n == 1:
+        return 0
+    each = (n + 2) * hidden + 3 * (2 + n) * n
+    if not covers(config):
+        each += n * hidden + 2 * config.hc_sinkhorn_iters * (n + 1) * n
+    return 2 * config.num_hidden_layers * each + 6 * n * hidden
+
+
+def _of_lookup(config: ModelConfig) -> int:
+    """Numbers that a layer of Engram keeps of a token: its rows and their addresses, a value, keys, a convolution."""
+    heads, taps = (config.engram_max_ngram_size - 1) * config.engram_n_heads, config.engram_kernel_size
+    return heads * (config.engram_head_dim + 2) + ((4 + taps) * config.hc_mult + 1 + taps) * config.hidden_size
 
 
 def resident() -> int:

@@ -46,6 +46,7 @@ class Reinforcement(Trainer):
     """GRPO on a model and its tasks, or rejection sampling, its control."""
 
     timed = True
+    trains_table = False  # it goes back to its last checkpoint only, not to the healthy one
 
     def __init__(
         self, model: Transformer, tokenizer, plan: Plan, folder: Path, cells: Sequence[Cell], objective: Objective,

@@ -47,13 +47,15 @@ class Trainer:
     """
 
     timed = False  # with a time to keep: go on until it is over, rather than for a planned number of steps
+    trains_table = True  # where all parameters are trained, so is the memory's table
     closing = 0.0  # seconds that `outcome` is thought to take
     stopped = False  # a step may set it, and is then the last
     earlier = 0.0  # of a `timed` run, the seconds before it was resumed
 
     def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
         self.model, self.plan, self.folder = model.train(), plan, folder
-        own_table(model, folder)
+        if self.trains_table:
+            own_table(model, folder)
         self.optimizer = MuonAdamW(
             model, weight_decay=plan.weight_decay, muon=plan.muon,
             adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0,

@@ -4,7 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
-#include "vec.h"
+#include "../../model/kernels/vec.h"
 
 #if defined(__AVX512F__)
 constexpr int TILE_ROWS = 6;  // accumulators fill the 32 registers

@@ -1,4 +1,4 @@
-// What native.py describes: a model, the rows of a pass, what to draw. And memory for rows of activations.
+// What describe.py says of a model, and native.py of a pass's rows and draws. And memory for rows of activations.
 
 #pragma once
 #include "attention.h"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <vector>
-#include "vec.h"
+#include "../../model/kernels/vec.h"
 
 typedef uint32_t UVec __attribute__((vector_size(64)));
 typedef uint64_t Wide __attribute__((vector_size(64)));

@@ -115,22 +115,20 @@ struct Streams : FeedForward {
         for (int64_t i = 0; i < n; ++i) top = larger(top, row[i] = load_some(comb + i * n, n));
         for (int64_t i = 0; i < n; ++i) row[i] = pick(real, exponential(row[i] - top), Vec{});
         columns();
-        for (int64_t i = 0; i < n; ++i) row[i] = pick(real, row[i] / total + lift, Vec{});
+        for (int64_t i = 0; i < n; ++i) row[i] = pick(real, larger(row[i] / total, least) + lift, Vec{});
         for (int64_t round = 0; round < m.rounds; ++round) {
             if (round) {
                 columns();
                 const Vec off = pick(real, larger(total - one, one - total), Vec{});
                 if (m.tolerance && largest(off) <= (float)m.tolerance) break;
-                const Vec by = pick(real, one / larger(total + lift, least), Vec{});
+                const Vec by = pick(real, one / (total + lift), Vec{});
                 for (int64_t i = 0; i < n; ++i) row[i] *= by;
             }
             if constexpr (Fixed == 4) {
-                Vec4 total = sums(row[0], row[1], row[2], row[3]) + (float)m.lift;
-                for (int i = 0; i < 4; ++i) total[i] = std::max(total[i], (float)m.least);
-                total = 1.0f / total;
-                for (int i = 0; i < 4; ++i) row[i] *= total[i];
+                const Vec4 by = 1.0f / (sums(row[0], row[1], row[2], row[3]) + (float)m.lift);
+                for (int i = 0; i < 4; ++i) row[i] *= by[i];
             } else
-                for (int64_t i = 0; i < n; ++i) row[i] *= 1 / std::max(sum(row[i]) + (float)m.lift, (float)m.least);
+                for (int64_t i = 0; i < n; ++i) row[i] *= 1 / (sum(row[i]) + (float)m.lift);
         }
         for (int64_t i = 0; i < n; ++i) store_some(comb + i * n, row[i], n);
     }

@@ -2,7 +2,7 @@
 // hyper_connections.py, whose names these are. Sixteen tokens at a time: the long sums run along a token's numbers, the
 // small mappings one token a lane.
 
-#include "../../engine/kernels/vec.h"
+#include "vec.h"
 #include <algorithm>
 #include <omp.h>
 

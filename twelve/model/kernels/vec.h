@@ -1,6 +1,6 @@
 // Sixteen floats at a time. The compiler's own vectors make one AVX-512 register of them, two of AVX2, four of NEON.
 //
-// Every function here and in the files beside it computes a row from that row alone, in an order that does not depend
+// Every function here and in the engine's kernels computes a row from that row alone, in an order that does not depend
 // on how many other rows there are, how they are cut into tiles, or how many threads share them. That is the whole of
 // exact mode.
 
