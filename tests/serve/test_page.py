@@ -275,6 +275,7 @@ def test_the_switch_shades_what_the_memory_gave(chromium, remembering, tokenizer
     chromium.evaluate("$('memory').click(); $('language').click()")
     assert chromium.evaluate("$('memory').labels[0].textContent").startswith("Show where the memory opened")
     chromium.open(remembering)  # the choice is kept, and the next answer is shaded as it ends
+    chromium.wait("!$('memory-switch').hidden")
     ask(chromium)
     chromium.wait("!running && document.querySelectorAll('.warm').length > 10")
     assert chromium.problems() == []
