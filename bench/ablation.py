@@ -66,10 +66,11 @@ def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: P
     """Train one arm for its minutes; its row. The table lies in `folder`, as in any training."""
     import torch
 
+    from twelve.heap import keep_freed_memory
     from twelve.model import Transformer, count_parameters
     from twelve.train.loop import NO_END, Supervised
     from twelve.train.plan import Plan, describe
-    from twelve.train.precision import keep_freed_memory, pick_device, pick_precision
+    from twelve.train.precision import pick_device, pick_precision
 
     torch.set_num_threads(1)
     keep_freed_memory()

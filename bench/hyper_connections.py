@@ -23,10 +23,10 @@ import torch
 
 from twelve.config import ModelConfig, small_v3
 from twelve.files import write_json
+from twelve.heap import keep_freed_memory
 from twelve.model import Transformer
 from twelve.model.hyper_connections import sampled_gain
 from twelve.train.optimizer import MuonAdamW
-from twelve.train.precision import keep_freed_memory
 
 ARMS = {  # what differs from the plain residual
     "plain": {},

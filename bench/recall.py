@@ -16,9 +16,9 @@ import torch
 
 from twelve.config import small_v3
 from twelve.convert import save
+from twelve.heap import keep_freed_memory
 from twelve.model import Transformer
 from twelve.train.optimizer import MuonAdamW
-from twelve.train.precision import keep_freed_memory
 
 SYMBOLS = 512  # keys, and as many values
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)  # pairs

@@ -417,11 +417,11 @@ def ours(job: dict, channel: Channel) -> None:
 
     import twelve
     from twelve import convert, lora
+    from twelve.heap import keep_freed_memory
     from twelve.posttrain.curriculum import Cell
     from twelve.posttrain.grpo import Objective
     from twelve.posttrain.reinforcement import Reinforcement
     from twelve.train.plan import Plan
-    from twelve.train.precision import keep_freed_memory
 
     torch.set_num_threads(job["threads"])
     keep_freed_memory()
@@ -476,7 +476,7 @@ def theirs(job: dict, channel: Channel) -> None:
     import trl
     from datasets import Dataset
 
-    from twelve.train.precision import keep_freed_memory  # for both sides alike
+    from twelve.heap import keep_freed_memory  # for both sides alike
 
     chosen = {key: value for key, value in job["settings"].items() if key not in ("name", "threads", "env")}
     rows = chosen.pop("rows", 0) or job["rollouts"]

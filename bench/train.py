@@ -20,8 +20,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from twelve.config import small_v3
 from twelve.convert.huggingface import config_values
+from twelve.heap import keep_freed_memory
 from twelve.model import Transformer, count_parameters
-from twelve.train.precision import keep_freed_memory
 
 ROWS, CONTEXT, VOCABULARY = 8, 512, 4096
 

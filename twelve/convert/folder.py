@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from twelve.convert.packing import config_entry
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import atomic_write, read_json
+from twelve.heap import give_back
 from twelve.model.transformer import Transformer
 from twelve.quantize import BUFFERS, swap
 
@@ -104,7 +104,7 @@ def load(
     model, tokenizer = _outline(source, dtype)
     _read(model, "", source, device, dtype)
     del source
-    _trim()
+    give_back()  # reading a tokenizer leaves tens of megabytes
     return model.eval(), tokenizer
 
 
@@ -139,12 +139,6 @@ def _outline(source: Source, dtype: torch.dtype) -> tuple[Transformer, Tokenizer
 def _open_table(model: Transformer, source: Source) -> None:
     if model.memory is not None:
         model.memory.open(source.path / TABLE)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, where the C library can: reading a tokenizer leaves tens of megabytes."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _NoInitialValues(TorchFunctionMode):

@@ -6,7 +6,6 @@ and `runner.PlainRunner`, the twin, computes. TWELVE_NATIVE=0 in the environment
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
@@ -21,6 +20,7 @@ from twelve.engine.describe import PANEL, Weights, address, integer, number, pan
 from twelve.engine.runner import PAGE, Step, fetch_ahead, gate_shape, page_shape
 from twelve.engine.sampler import NOT_FINITE
 from twelve.errors import InputError
+from twelve.heap import give_back
 from twelve.model.fast_streams import VECTORS
 
 SOURCES = Path(__file__).with_name("kernels")
@@ -96,8 +96,7 @@ def settle(model) -> None:
         place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         tensor.data = place.copy_(tensor)
         tensor.settled = True
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed; others have no such call
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
 
 
 def native_page_shape(config, layers: int) -> list[tuple[int, ...]]:

@@ -25,6 +25,7 @@ from twelve.engine.runner import PAGE, make_runner
 from twelve.engine.scheduler import pages_for
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import prompt_ids, task_accuracy
+from twelve.heap import give_back
 from twelve.model import Transformer
 from twelve.posttrain import health, memory
 from twelve.posttrain.curriculum import Cell, Curriculum
@@ -103,6 +104,8 @@ class Reinforcement(Trainer):
     def rollout(self) -> list[Group]:
         """Sample and score the step's groups, and tell the curriculum."""
         self.model.eval()
+        if self.phases.apart:
+            give_back()  # activations of the last step: keys and values are to take their place
         cells = self.curriculum.draw(self.prompts, f"{self.plan.seed} {self.step}")
         problems = self._problems(cells, self.step)
         seed = _number(self.plan.seed, "answers", self.step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 
 import torch
 
@@ -35,17 +34,3 @@ def autocast(device: torch.device, precision: str):
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that were freed, instead of giving them back and faulting every page in again.
-
-    A training step frees and allocates the same few hundred megabytes over and over; this took about a tenth of its
-    time. Without glibc it does nothing.
-    """
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)  # not a threshold: the largest that glibc takes is 32 MiB, and residual streams are above
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 64 << 20)

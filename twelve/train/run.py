@@ -17,11 +17,11 @@ from twelve.config import ModelConfig
 from twelve.convert import save
 from twelve.errors import InputError
 from twelve.files import FolderLock
+from twelve.heap import keep_freed_memory
 from twelve.lora import merge
 from twelve.model import count_parameters
 from twelve.train.loop import NO_END, Interrupted, Trainer
 from twelve.train.plan import Plan
-from twelve.train.precision import keep_freed_memory
 
 EPOCHS = 3  # where neither minutes nor steps are given
 CALIBRATION_SECONDS = 4.0
