@@ -224,13 +224,13 @@ def test_blocks_stay_packed_bit_for_bit(kind, family, values, tmp_path):
 
 RESIDENT = """
 import sys, torch, twelve, twelve.convert.gguf_model
-from twelve.convert.folder import _trim
+from twelve.heap import give_back
 def resident():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 torch.set_num_threads(1)
 twelve.load(sys.argv[1], device="cpu", packed=True)  # what the code itself takes, on a model of nothing
-_trim()
+give_back()
 before = resident()
 model = twelve.load(sys.argv[2], device="cpu", packed=True)[0]
 print(resident() - before)
