@@ -9,6 +9,20 @@ from twelve import convert
 from twelve.config import ModelConfig
 from twelve.model import Transformer
 
+LETTERS = '''
+"""Write letters: the share of them is the score, which a random model can already raise."""
+MAX_TOKENS = 6
+LANGUAGES = ("en",)
+
+def generate(seed):
+    return {"question": f"Write {seed % 50}.", "answer": "letters"}
+
+def score(problem, text):
+    return min(1, 2 * sum(letter.isalpha() for letter in text) / max(6, len(text)))
+'''
+SMALL = {"prompts": 4, "group": 4, "problems": 8, "quiet": True}  # options of `rl` for them
+
+
 
 def v3(tokenizer, layers=2, **changes) -> ModelConfig:
     config = ModelConfig(

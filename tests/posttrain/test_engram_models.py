@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SWITCHES, folder, llama, model, v3
+from small import LETTERS, SMALL, SWITCHES, folder, llama, model, v3
 
 import twelve
 from twelve import lora
@@ -23,23 +23,11 @@ from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rl import rl
 from twelve.train.loop import Interrupted
 
-FILE = '''
-MAX_TOKENS = 6
-LANGUAGES = ("en",)
-
-def generate(seed):
-    return {"question": f"Write {seed % 50}.", "answer": "letters"}
-
-def score(problem, text):
-    return min(1, 2 * sum(letter.isalpha() for letter in text) / max(6, len(text)))
-'''
-SMALL = {"prompts": 4, "group": 4, "problems": 8, "quiet": True}
-
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     path = tmp_path_factory.mktemp("task") / "letters.py"
-    path.write_text(FILE)
+    path.write_text(LETTERS)
     return str(path)
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import folder, llama, v3
+from small import LETTERS, SMALL, folder, llama, v3
 
 import twelve
 from twelve import tasks
@@ -20,24 +20,11 @@ from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rl import cells_of, rl
 from twelve.train.loop import Interrupted
 
-FILE = '''
-"""Write letters: the share of them is the score, which a random model can already raise."""
-MAX_TOKENS = 6
-LANGUAGES = ("en",)
-
-def generate(seed):
-    return {"question": f"Write {seed % 50}.", "answer": "letters"}
-
-def score(problem, text):
-    return min(1, 2 * sum(letter.isalpha() for letter in text) / max(6, len(text)))
-'''
-SMALL = {"prompts": 4, "group": 4, "problems": 8, "quiet": True}
-
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     path = tmp_path_factory.mktemp("task") / "letters.py"
-    path.write_text(FILE)
+    path.write_text(LETTERS)
     return str(path)
 
 

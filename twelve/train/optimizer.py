@@ -62,8 +62,8 @@ class MuonAdamW:
     """One step of Muon on the matrices and of AdamW on everything else, at one learning rate.
 
     Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate and
-    the weight decay; `embed_lr_scale` multiplies it for the embedding and the head. A memory's
-    table takes its own kind of step (`twelve.table`) at TABLE_LR_SCALE times the rate.
+    the weight decay; `adamw_lr_scale` multiplies it for what AdamW steps. A memory's table takes its own kind of step
+    (`twelve.table`) at TABLE_LR_SCALE times the rate.
     """
 
     def __init__(
