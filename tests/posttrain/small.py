@@ -23,7 +23,6 @@ def score(problem, text):
 SMALL = {"prompts": 4, "group": 4, "problems": 8, "quiet": True}  # options of `rl` for them
 
 
-
 def v3(tokenizer, layers=2, **changes) -> ModelConfig:
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
