@@ -43,7 +43,7 @@ from twelve.data.chat import encode_prompt
 from twelve.engine import Completion, Engine, Request, make_engine, native
 from twelve.engine.runner import PlainRunner
 from twelve.errors import InputError
-from twelve.evaluate.bits import _ratio_error, _texts, split
+from twelve.evaluate.bits import _texts, ratio_error, split
 from twelve.model import Transformer, count_parameters
 from twelve.model.moe import Experts
 from twelve.quantize import Form
@@ -222,7 +222,7 @@ def packed(options) -> dict:
         ratio = float(bits[name].sum() / sizes.sum())
         loss = float((bits[name] - bits["float32"]).sum() / sizes.sum())
         speed = token * median(runs[name], "batch 1") / 1e9
-        error = _ratio_error(bits[name] - bits["float32"], sizes, loss)
+        error = ratio_error(bits[name] - bits["float32"], sizes, loss)
         summary[name] = {"weight_bytes": total, "bytes_a_token": token, "gb_per_second": speed, "bits_per_byte": ratio,
                          "loss": loss, "loss_error": error}  # fmt: skip
         rows.append([name, spread(runs[name], "batch 1"), spread(runs[name], "batch 64"), f"{total / 1e6:.2f}",

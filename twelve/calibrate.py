@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from twelve.convert import load, open_parts, resolve, save
+from twelve.convert.card import render
 from twelve.data.corpus import texts as texts_of
 from twelve.data.reader import read_documents
 from twelve.data.tokenizer import Tokenizer
@@ -62,17 +63,34 @@ def quantize(
     elif bits == 4:
         print("no calibration text (--text PATH): 4 bits are rounded plainly, at some loss", file=sys.stderr)
     quantize_model(network, form, ends, ids, read)
-    save(network, tokenizer, out)
     size, parameters = (sum(column) for column in zip(*_sizes(network), strict=True))
     result = {
-        "model": str(out), "bits": bits, "group": group, "bytes_before": _file_bytes(path),
-        "bytes": _file_bytes(Path(out)), "bits_a_weight": 8 * size / parameters,
-        "calibration_tokens": 0 if ids is None else ids.numel(),
+        "model": str(out), "bits": bits, "group": group, "bits_a_weight": 8 * size / parameters,
+        "calibration_tokens": 0 if ids is None else ids.numel(), "bytes_before": _file_bytes(path),
     }  # fmt: skip
     if before is not None:
         after = _measure(network.eval(), tokenizer, evaluate, limit)
         result |= {"bits_per_byte_before": before, "bits_per_byte": after, "bits_per_byte_loss": after - before}
+    save(network, tokenizer, out, _card(model, network, result, embedding_bits, texts))
+    result["bytes"] = _file_bytes(Path(out))
     return result | {"next": f"twelve chat {out}"}
+
+
+def _card(
+    model: str | Path, network: Transformer, result: dict[str, Any], embedding_bits: int, texts: Sequence[str | Path]
+) -> str:
+    measured = {
+        "bits": f"{result['bits']}, {result['group']} columns to a scale; embedding and head {embedding_bits}",
+        "bits a weight, scales counted": result["bits_a_weight"],
+    }
+    if "bits_per_byte" in result:
+        before, after = result["bits_per_byte_before"], result["bits_per_byte"]
+        measured["error"] = f"{after - before:+.4f} bits per byte: {before:.4f} before, {after:.4f} now"
+    return render(
+        result["model"], f"`{model}` with its matrices packed into {result['bits']} bits.", verb="quantize",
+        config=network.config, parents=[model], data=[f"`{path}`, which rounding was fitted to" for path in texts],
+        measured=measured, packed=True,
+    )  # fmt: skip
 
 
 def _measure(model: Transformer, tokenizer: Tokenizer, paths: Sequence[str | Path], limit: int | None) -> float:

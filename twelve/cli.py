@@ -127,11 +127,14 @@ def convert(options: Options) -> Result:
     import torch
 
     from twelve.convert import load, save
+    from twelve.convert.card import render
     from twelve.quantize import dequantize
 
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
     dequantize(model)
-    save(model, tokenizer, options.out)
+    made = f"`{options.model}` written as {options.dtype}."
+    card = render(options.out, made, verb="convert", config=model.config, parents=[options.model])
+    save(model, tokenizer, options.out, card)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"model": options.out, "parameters": parameters, "next": f"twelve chat {options.out}"}
 

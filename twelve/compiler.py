@@ -24,7 +24,7 @@ def compile_library(name: str, source: Path, others: list[Path], message: str) -
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or os.environ.get("TWELVE_NATIVE") == "0":
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twelve"
+    cache = cache_folder()
     texts = [file.read_text() for file in (source, *others)]
     # -march=native: a home folder may be shared by machines with different processors
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
@@ -41,6 +41,11 @@ def compile_library(name: str, source: Path, others: list[Path], message: str) -
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twelve"
 
 
 def _processor() -> str:

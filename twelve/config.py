@@ -192,12 +192,6 @@ class ModelConfig:
             raise InputError(f"config: unknown model_type {family!r}; supported: {', '.join(FAMILIES)}")
         if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
             raise InputError("config: sliding-window attention is not supported")
-        packing = values.get("quantization_config")
-        if packing and not (isinstance(packing, dict) and packing.get("quant_method") == "twelve"):
-            raise InputError(
-                "config: quantised weights (quantization_config) are not supported, only `twelve quantize`'s own; "
-                "use a BF16 or FP32 folder"
-            )
         rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
         rope.setdefault("rope_type", rope.pop("type", "default"))
         rope.setdefault("rope_theta", values.get("rope_theta", 10000.0))

@@ -192,7 +192,8 @@ def test_a_cut_safetensors_file_is_named(tmp_path):
 WRONG_CONFIGS = {
     "family": ({"model_type": "mamba"}, "unknown model_type 'mamba'.*deepseek_v2, deepseek_v3, llama, qwen2, qwen3"),
     "no family": ({"model_type": None}, "model_type must be str, not None"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights.*'gptq'"),
+    "fp8 without blocks": ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size.*not None"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "rope type": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type 'longrope'"),
     "old rope type": ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),

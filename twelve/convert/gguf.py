@@ -1,10 +1,9 @@
-"""GGUF files: the format read from a memory map with every bound checked, and blocks of weights turned into floats."""
+"""GGUF files: the format read from a memory map with every bound checked. What blocks mean: `gguf_blocks.py`."""
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,67 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twelve.convert.gguf_blocks import BLOCK_TYPES, UNSUPPORTED, BlockType
 from twelve.errors import InputError
-from twelve.quantize import Form, Packed, pack_bytes
+from twelve.quantize import Packed, pack_bytes
 
 SCALARS = {  # value type: struct code; 8 is a string, 9 an array
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
-UNSUPPORTED = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
-}  # fmt: skip
-CHUNK = 1 << 18  # blocks dequantised at a time, so that temporaries stay at tens of MB beside the result
-
-
-def _nibbles(packed: np.ndarray) -> np.ndarray:
-    """[n, 16] bytes to [n, 32] floats: the low halves are the first 16 weights, the high halves the last 16."""
-    return np.concatenate((packed & 15, packed >> 4), axis=1).astype(np.float32)
-
-
-def _scale(halves: np.ndarray) -> np.ndarray:
-    return halves.astype(np.float32)[:, None]
-
-
-@dataclass(frozen=True)
-class BlockType:
-    """How a tensor type is stored: `size` weights in one `layout` record, and the records as floats [n, size]."""
-
-    name: str
-    size: int
-    layout: np.dtype
-    floats: Callable[[np.ndarray], np.ndarray]
-    form: Form | None = None  # of those that can stay packed, bit for bit
-
-
-BLOCK_TYPES = {
-    0: BlockType("F32", 1, np.dtype("<f4"), lambda x: x[:, None]),
-    1: BlockType("F16", 1, np.dtype("<f2"), _scale),
-    2: BlockType(
-        "Q4_0",
-        32,
-        np.dtype([("scale", "<f2"), ("packed", "u1", 16)]),
-        lambda x: _scale(x["scale"]) * (_nibbles(x["packed"]) - 8),
-        Form(4, 32, symmetric=True),
-    ),
-    3: BlockType(
-        "Q4_1",
-        32,
-        np.dtype([("scale", "<f2"), ("low", "<f2"), ("packed", "u1", 16)]),
-        lambda x: _scale(x["scale"]) * _nibbles(x["packed"]) + _scale(x["low"]),
-        Form(4, 32, symmetric=False),
-    ),
-    8: BlockType(
-        "Q8_0",
-        32,
-        np.dtype([("scale", "<f2"), ("weights", "i1", 32)]),
-        lambda x: _scale(x["scale"]) * x["weights"].astype(np.float32),
-        Form(8, 32, symmetric=True),
-    ),
-    30: BlockType("BF16", 1, np.dtype("<u2"), lambda x: (x.astype(np.uint32) << 16).view(np.float32)[:, None]),
-}
+CHUNK = 1 << 16  # weights made at a time: they and the temporaries stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -142,14 +89,18 @@ class GGUFFile:
             raise InputError(f"{self.path} is cut short: tensor {name!r} reaches beyond its end; fetch the file again")
         return TensorInfo(shape, block, start)
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor as float32 in memory of its own."""
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor, or with `index` one along its first dimension, as float32 in memory of its own."""
         info, blocks = self.tensors[name], self._blocks(name)
-        floats = np.empty((len(blocks), info.type.size), np.float32)
-        for first in range(0, len(blocks), CHUNK):
-            floats[first : first + CHUNK] = info.type.floats(blocks[first : first + CHUNK])
-        self._forget(info, blocks.nbytes)
-        return torch.from_numpy(floats).view(info.shape)
+        shape, start = info.shape, info.start
+        if index is not None:
+            size, shape = len(blocks) // shape[0], shape[1:]
+            blocks, start = blocks[index * size : (index + 1) * size], start + index * size * blocks.itemsize
+        floats, step = np.empty((len(blocks), info.type.size), np.float32), max(1, CHUNK // info.type.size)
+        for first in range(0, len(blocks), step):
+            info.type.read(blocks[first : first + step], floats[first : first + step])
+        self._forget(start, blocks.nbytes)
+        return torch.from_numpy(floats).view(shape)
 
     def packed(self, name: str, order: np.ndarray | None = None) -> Packed:
         """A matrix [N, K] of a type that has a `form`, its rows in the order [N] if given, in memory of its own."""
@@ -161,17 +112,17 @@ class GGUFFile:
         else:
             numbers = rows["packed"].copy()
         scales = rows["scale"].copy() if info.type.form.symmetric else np.stack((rows["scale"], rows["low"]), axis=-1)
-        self._forget(info, blocks.nbytes)
+        self._forget(info.start, blocks.nbytes)
         return pack_bytes(torch.from_numpy(numbers), torch.from_numpy(scales))
 
     def _blocks(self, name: str) -> np.ndarray:
         info = self.tensors[name]
         return np.frombuffer(self._data, info.type.layout, prod(info.shape) // info.type.size, info.start)
 
-    def _forget(self, info: TensorInfo, size: int) -> None:
+    def _forget(self, position: int, size: int) -> None:
         """Let go of the pages read, which would count as this process's memory until the file is closed."""
-        start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._data.madvise(mmap.MADV_DONTNEED, start, info.start + size - start)
+        start = position // mmap.PAGESIZE * mmap.PAGESIZE
+        self._data.madvise(mmap.MADV_DONTNEED, start, position + size - start)
 
 
 class _Cursor:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twelve.config import ModelConfig
-from twelve.convert.packing import read_forms
+from twelve.convert import fp8
+from twelve.convert.packing import METHOD, check_method, read_forms
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import read_json
@@ -107,12 +108,16 @@ class Source(Protocol):
 class Folder:
     """A `Source`: the tensors of `model.safetensors` or of the shards in its index, mapped and read one at a time.
 
-    `InputError` when a file is missing, damaged or cut short, or holds something else than floats of 16 bits or more.
+    `InputError` when a file is missing, damaged or cut short, or holds something else than floats of 16 bits or more,
+    packed weights, or FP8 ones with their scales (`fp8`), which come out of `read` as float32.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path, self.config = folder, read_config(folder)
-        self._packing = read_json(folder / "config.json").get("quantization_config")  # read_config has seen it
+        entry = read_json(folder / "config.json").get("quantization_config") or {}  # read_config has seen it
+        self._packing = entry if entry.get("quant_method") == METHOD else None
+        self._block = fp8.block_size(entry) if entry.get("quant_method") == fp8.METHOD else None
+        self._scaled: set[str] = set()  # names of FP8 weights
         self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
         self.shapes: dict[str, tuple[int, ...]] = {}
         listed = None
@@ -133,6 +138,8 @@ class Folder:
         absent = sorted(set(listed or ()) - set(self.shapes))
         if absent:
             raise InputError(f"{folder / listed[absent[0]]} lacks tensor {absent[0]!r}, which {INDEX} says it holds")
+        for name in sorted(self._scaled):
+            self._take_scale(name)
 
     def _open(self, path: Path) -> None:
         try:
@@ -145,14 +152,31 @@ class Folder:
         for name in names:
             stored = file.get_slice(name)
             kind = stored.get_dtype()
-            if kind not in DTYPES and not (kind == "U8" and self._packing):
+            others = {"U8"} if self._packing else {fp8.WEIGHTS, fp8.EXPONENTS} if self._block else set()
+            if kind not in DTYPES and kind not in others:
                 raise InputError(f"{path}: tensor {name!r} is stored as {kind}; supported: {', '.join(DTYPES)}")
             self._files[name], self.shapes[name] = file, tuple(stored.get_shape())
+            if kind == fp8.WEIGHTS:
+                self._scaled.add(name)
             if name == ("model.norm.weight" if self._packing else "model.embed_tokens.weight"):
                 self.dtype = DTYPES.get(kind, torch.float32)
 
+    def _take_scale(self, name: str) -> None:
+        """Take the scales of an FP8 weight out of the tensors that the model must have a place for."""
+        shape, found = self.shapes[name], self.shapes.pop(name + fp8.SCALE, None)
+        wanted = fp8.scale_shape(shape, self._block) if len(shape) == 2 else None
+        if wanted is None or found != wanted:
+            what = "has no scales" if found is None else f"has scales {list(found)}"
+            raise InputError(f"{self.path}: the FP8 tensor {name!r} {list(shape)} {what} for blocks of {self._block}")
+
     def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        tensor = self._files[name].get_tensor(name)
+        if name not in self._scaled:
+            return tensor
+        scale = self._files[name + fp8.SCALE].get_tensor(name + fp8.SCALE)
+        if not scale.to(torch.float32).isfinite().all():
+            raise InputError(f"{self.path}: tensor {name + fp8.SCALE!r} is damaged: its scales are not all numbers")
+        return fp8.dequantize(tensor, scale, self._block)
 
     def forms(self, plain: torch.nn.Module) -> dict[str, Form]:
         try:
@@ -266,6 +290,8 @@ def read_config(path: Path) -> ModelConfig:
 
 def config_from(values: dict[str, Any]) -> ModelConfig:
     """From a config's keys; `InputError` for those that change the arithmetic in a way that the model does not know."""
+    if values.get("quantization_config"):
+        check_method(values["quantization_config"])
     try:
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if any(isinstance(value, dict) for value in rope.values()):

@@ -8,10 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from twelve.convert import fp8
 from twelve.errors import InputError
 from twelve.quantize import Form, forms_of, matrices, packable
 
 METHOD = "twelve"  # quant_method
+
+
+def check_method(entry: Any) -> None:
+    """`InputError`, with the name of the method, for a `quantization_config` of weights that we cannot read."""
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if method == fp8.METHOD:
+        fp8.block_size(entry)
+    elif method != METHOD:
+        raise InputError(
+            f"config: quantised weights of the kind {method!r} (quantization_config) are not supported, only "
+            "`twelve quantize`'s own and fp8 in blocks: use a BF16 folder or a GGUF file"
+        )
 
 
 def config_entry(model: nn.Module, plain: nn.Module) -> dict[str, Any] | None:

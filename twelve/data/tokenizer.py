@@ -180,9 +180,13 @@ class Tokenizer:
     @cached_property
     def start_ids(self) -> list[int]:
         """What stands before a document, so that its first token is predicted too: what the tokenizer itself would put
-        there (Llama 3's begin of text), else `end_id`, as GPT-2 does."""
-        own = self._backend.encode("").ids
-        return own[:1] if own else [self.end_id] if self.end_id is not None else []
+        there, else `end_id`, as GPT-2 does."""
+        return self.prefix_ids or ([self.end_id] if self.end_id is not None else [])
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the tokenizer itself puts before any text: Llama 3's begin of text; nothing in most."""
+        return self._backend.encode("").ids[:1]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,12 +1,12 @@
-"""Accuracy on checkable tasks, with its standard error."""
+"""Accuracy on checkable tasks, with its standard error; from several answers a problem also pass@k and maj@k."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -15,10 +15,12 @@ from twelve import tasks
 from twelve.data.chat import encode_prompt, split_reasoning
 from twelve.engine import Completion, ContextLengthError, Engine, Request, sub_seed
 from twelve.errors import InputError
+from twelve.evaluate.repeats import MOST, Vote, agreement, maj_at_k, pass_at_k, sizes, vote
+from twelve.evaluate.statistics import Share, share, standard_error
 from twelve.tasks.problem import Problem
 
 KEPT_SAMPLES = 8
-GROUP = 64  # problems that are answered together
+GROUP = 64  # answers that are made together
 # for a base model that knows no chat: R1-Zero's idea (arXiv 2501.12948, section 2.2) in words of our own
 PLAIN = """\
 The assistant thinks about the user's question inside <think> </think> first, then gives the result inside \
@@ -35,52 +37,79 @@ class Accuracy:
     language: str
     level: int
     asked: int
-    score: float  # sum over problems; each counts from 0 to 1
+    score: float  # sum over problems; each counts from 0 to 1, the mean of its answers
     cut_short: int  # answers that ran into `max_tokens` or the model's context
     tokens: int  # drawn for the answers
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
     drawn: bool = False  # at a temperature above 0
+    repeats: int = 1  # answers to a problem
+    scores: list[list[float]] = field(default_factory=list, repr=False)  # of every problem's answers
+    votes: list[list[Vote]] = field(default_factory=list, repr=False)  # what they say: `repeats.vote`
 
     @property
     def accuracy(self) -> float:
         return self.score / self.asked
 
     @property
+    def solved(self) -> list[float]:
+        """Of every problem, the share of its answers that are right."""
+        return [fmean(scores) for scores in self.scores]
+
+    @property
     def standard_error(self) -> float:
-        """Binomial: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.asked)
+        """Problems being the sample: repeats of one are no new problem."""
+        return standard_error(self.solved)
+
+    @property
+    def measures(self) -> dict[str, Share]:
+        """pass@k, maj@k and agreement across repeats; none for a single answer a problem."""
+        if self.repeats == 1:
+            return {}
+        pairs = list(zip(self.votes, self.scores, strict=True))
+        return {
+            **{f"pass@{k}": share([pass_at_k(scores, k) for scores in self.scores]) for k in sizes(self.repeats)},
+            **{f"maj@{k}": share([maj_at_k(*pair, k) for pair in pairs]) for k in sizes(self.repeats)[1:]},
+            "agreement": share([agreement(votes) for votes in self.votes]),
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        return {"accuracy": self.accuracy, "standard_error": self.standard_error, **asdict(self)}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("scores", "votes")}
+        measures = {name: asdict(measure) for name, measure in self.measures.items()}
+        return {"accuracy": self.accuracy, "standard_error": self.standard_error, **kept, "measures": measures}
 
 
 def task_accuracy(
     engine: Engine, tokenizer, task: str, language: str = "en", level: int = 1, n: int = 100, seed: int = 0,
-    temperature: float = 0.0, max_tokens: int = 256,
+    temperature: float = 0.0, max_tokens: int = 256, samples: int = 1,
 ) -> Accuracy:  # fmt: skip
-    """Ask `n` problems of the task's test split through the chat template, and score the answers.
+    """Ask `n` problems of the task's test split through the chat template, and score `samples` answers to each.
 
-    There are fewer where the split has fewer. Greedy by default; a temperature draws by `seed`. InputError for an
-    unknown task, language or level.
+    There are fewer problems where the split has fewer. Greedy by default; a temperature draws by `seed`. InputError for
+    an unknown task, language or level, and for several samples without a temperature, which would all be the same.
     """
     started = time.monotonic()
+    if samples > MOST or (samples > 1 and not temperature):
+        raise InputError(f"{samples} samples a problem need a temperature above 0, and may be at most {MOST}")
     scorer = tasks.get(task)
     asked = list(islice(tasks.problems(task, "test", seed, [level], [language]), n))
     if not asked:
         raise InputError(f"{task} has no test problems of level {level} in {language}")
-    result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0)
+    result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0,
+                      repeats=samples)  # fmt: skip
     bar = tqdm(total=len(asked), desc=f"{task} {language} {level}", unit="problem", leave=False)
-    for index, (problem, answer) in enumerate(_answers(engine, tokenizer, asked, seed, temperature, max_tokens)):
+    for problem, answers in _answers(engine, tokenizer, asked, samples, seed, temperature, max_tokens):
         bar.update()
-        score = scorer.score(problem, answer.text)
-        result.score += score
-        result.cut_short += answer.finish_reason == "length"
-        result.tokens += answer.completion_tokens
-        if index < KEPT_SAMPLES:
-            reasoning, text = split_reasoning(answer.text)
+        scores = [scorer.score(problem, answer.text) for answer in answers]
+        result.score += fmean(scores)
+        result.scores.append(scores)
+        result.votes.append([vote(answer.text, answer.finish_reason != "length") for answer in answers])
+        result.cut_short += sum(answer.finish_reason == "length" for answer in answers)
+        result.tokens += sum(answer.completion_tokens for answer in answers)
+        if len(result.samples) < KEPT_SAMPLES:
+            reasoning, text = split_reasoning(answers[0].text)
             sample = {"prompt": problem.question, "reasoning": reasoning, "text": text}
-            result.samples.append({**sample, "expected": problem.answer, "score": score})
+            result.samples.append({**sample, "expected": problem.answer, "score": scores[0]})
     bar.close()
     result.seconds = time.monotonic() - started
     return result
@@ -104,22 +133,29 @@ def asked(problem: Problem) -> list[dict[str, str]]:
 
 
 def _answers(
-    engine: Engine, tokenizer, problems: list[Problem], seed: int, temperature: float, max_tokens: int
-) -> Iterator[tuple[Problem, Completion]]:
-    """Every problem with its answer, in order; those of a group are made at once."""
-    for start in range(0, len(problems), GROUP):
-        group = problems[start : start + GROUP]
-        prompts = [prompt_ids(tokenizer, problem) for problem in group]
+    engine: Engine, tokenizer, problems: list[Problem], samples: int, seed: int, temperature: float, max_tokens: int
+) -> Iterator[tuple[Problem, list[Completion]]]:
+    """Every problem with its answers, in order; those of a group are made at once."""
+    size = max(1, GROUP // samples)
+    for start in range(0, len(problems), size):
+        group = problems[start : start + size]
         requests = [
-            Request(prompt, max_tokens, temperature, seed=sub_seed(seed, start + index))
-            for index, prompt in enumerate(prompts)
+            Request(prompt, max_tokens, temperature, seed=sub_seed(seed, number))
+            for index, prompt in enumerate((prompt_ids(tokenizer, problem) for problem in group), start=start)
+            for number in range(index * samples, (index + 1) * samples)
         ]
         try:
-            yield from zip(group, engine.generate(requests), strict=True)
+            made = engine.generate(requests)
         except ContextLengthError:  # one of them; before any has begun
-            for problem, request in zip(group, requests, strict=True):
-                try:
-                    [answer] = engine.generate([request])
-                except ContextLengthError:  # the model cannot even read it
-                    answer = Completion("", [], [], "length", len(request.prompt_ids))
-                yield problem, answer
+            made = [_alone(engine, request) for request in requests]
+        for index, problem in enumerate(group):
+            yield problem, made[index * samples : (index + 1) * samples]
+
+
+def _alone(engine: Engine, request: Request) -> Completion:
+    """Its answer; none where the model cannot even read the prompt."""
+    try:
+        [answer] = engine.generate([request])
+    except ContextLengthError:
+        answer = Completion("", [], [], "length", len(request.prompt_ids))
+    return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from twelve.data.corpus import read_documents
 from twelve.engine.sampler import NOT_FINITE
 from twelve.errors import InputError
+from twelve.evaluate.statistics import finite
 
 LOGITS = 2**25  # numbers of one forward pass's logits, at most (unless one window alone has more): 128 MiB in FP32
 
@@ -33,9 +34,12 @@ class BitsPerByte:
     documents: int
     context: int  # tokens of a window
     seconds: float
+    document_bits: Tensor = field(repr=False)  # [documents] float64
+    document_bytes: Tensor = field(repr=False)  # [documents] float64
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        rest = {name: value for name, value in asdict(self).items() if not name.startswith("document_")}
+        return {**rest, "standard_error": finite(self.standard_error)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def bits_per_byte(
     if not 2 <= context <= known:
         raise InputError(f"--context {context} must lie between 2 and the model's {known} tokens")
     texts = _texts([path] if isinstance(path, str | Path) else path, limit)
-    sizes = [len(text.encode()) for text in texts]
+    sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     if not tokenizer.start_ids:
         raise InputError("the tokenizer has no token that begins a document: its first token cannot be scored")
     windows = [
@@ -78,16 +82,18 @@ def bits_per_byte(
             for window, loss in zip(batch, _losses(model, batch), strict=True):
                 bits[window.document] += loss / math.log(2)
                 bar.update(window.scored)
-    ratio = float(bits.sum()) / sum(sizes)
+    ratio = float(bits.sum() / sizes.sum())
     return BitsPerByte(
         bits_per_byte=ratio,
-        standard_error=_ratio_error(bits, torch.tensor(sizes, dtype=torch.float64), ratio),
+        standard_error=ratio_error(bits, sizes, ratio),
         bits=float(bits.sum()),
-        bytes=sum(sizes),
+        bytes=int(sizes.sum()),
         tokens=sum(window.scored for window in windows),
         documents=len(texts),
         context=context,
         seconds=time.monotonic() - started,
+        document_bits=bits,
+        document_bytes=sizes,
     )
 
 
@@ -157,7 +163,7 @@ def _texts(paths: Sequence[str | Path], limit: int | None) -> list[str]:
     return texts
 
 
-def _ratio_error(bits: Tensor, sizes: Tensor, ratio: float) -> float:
+def ratio_error(bits: Tensor, sizes: Tensor, ratio: float) -> float:
     """Standard error of sum(bits) / sum(sizes), by the usual linearisation."""
     n = len(bits)
     if n < 2:

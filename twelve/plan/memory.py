@@ -1,4 +1,8 @@
-"""What a table of Engram takes and gives: bytes, rows a token, and how many n-grams must share a row."""
+"""What a run holds in memory, by formula: a table of Engram; training at its peak; the phases of reinforcement learning.
+
+All is in float32 on a CPU. The formulas count what autograd keeps and what optimisers hold; the constants were set by
+comparing the sum with the most that short runs held (bench/plan_check.py does it again).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from twelve.config import ModelConfig
+from twelve.plan import cost
 
 STATE_BYTES = 4  # of the optimiser, a row
 JOURNAL_BYTES = 8  # a row that a step changes: its number; its bytes and its state come on top
+FLOAT = 4
+RUNTIME = 320 << 20  # Python, torch, tokenizers and their threads, before there is a model
+COMPILER = 500 << 20  # what torch.compile keeps, besides
+LOGIT_ROWS, QUERY_BLOCK = 512, 128  # of a chunk of logits (model/layers.py) and of scores (model/fast.py)
+PAGE = 64  # tokens of a page of keys and values
 
 
 @dataclass
@@ -74,3 +84,116 @@ def _size(count: int) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training(
+    config: ModelConfig, rows: int, context: int, *, data_tokens: int = 0, muon: bool = True, compiled: bool = False
+) -> dict[str, int]:
+    """Bytes by component at the fullest moment of training with micro-batches of `rows` x `context` tokens.
+
+    That is either the turn from the forward to the backward pass, when all activations are there, or the optimiser's
+    step, when all gradients are. data_tokens: of the corpus, whose file is mapped. A table counts as if all of it were
+    read, which the kernel takes back where there is no room.
+    """
+    tokens = rows * context
+    counts = cost.parameters(config, mtp=True)
+    trained = counts.total - counts.table
+    matrices = sum(count * r * c for (r, c), count in cost.matrices(config).items()) if muon else 0
+    fixed = {
+        "python and torch": RUNTIME + (COMPILER if compiled else 0),
+        "data": 2 * data_tokens,
+        "weights": FLOAT * trained,
+        "optimiser": FLOAT * (matrices + 2 * (trained - matrices)),
+        "table": TablePlan(config, cost.table_rows(config)).table_bytes if config.engram_layer_ids else 0,
+    }
+    streams = FLOAT * tokens * _of_streams(config)
+    passes = {
+        "activations": FLOAT * tokens * kept(config) - streams,
+        "streams": streams,
+        "logits and scores": FLOAT * (3 * LOGIT_ROWS * config.vocab_size + _scores(config, rows, context)),
+        "gradients": FLOAT * 2 * config.vocab_size * config.hidden_size,
+    }
+    step = {"gradients": FLOAT * trained, "orthogonalising": FLOAT * _orthogonalising(config) if muon else 0}
+    fullest = max(passes, step, key=lambda moment: sum(moment.values()))
+    return {name: size for name, size in (fixed | fullest).items() if size}
+
+
+def kept(config: ModelConfig) -> int:
+    """Numbers that the forward pass keeps of one token for the backward pass."""
+    c, width = config, config.hidden_size
+    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+    total = sum(_attention(c) + _feed_forward(c, index) for index in layers) + 4 * width
+    total += c.num_nextn_predict_layers * 9 * width
+    return total + _of_streams(c) + len(c.engram_layer_ids) * _of_lookup(c)
+
+
+def _attention(c: ModelConfig) -> int:
+    """With the norm before it: the residual, the normed one before and after its weight; what the kernel reads."""
+    heads, width = c.num_attention_heads, c.hidden_size
+    if c.is_mla:
+        query, latent = c.qk_nope_head_dim + c.qk_rope_head_dim, 3 * c.kv_lora_rank + c.qk_rope_head_dim
+        return 3 * width + heads * (2 * query + 3 * c.v_head_dim + 1) + latent + 3 * (c.q_lora_rank or 0)
+    return 3 * width + heads * (5 * c.head_dim + 1) + (4 * heads * c.head_dim if c.model_type == "qwen3" else 0)
+
+
+def _feed_forward(c: ModelConfig, index: int) -> int:
+    if not c.is_moe_layer(index):
+        return 3 * c.hidden_size + 4 * c.intermediate_size
+    chosen, inner = c.num_experts_per_tok, c.moe_intermediate_size
+    return 3 * c.hidden_size + inner * (2 * chosen + 4 * (c.n_shared_experts or 0)) + 4 * c.n_routed_experts + 8 * chosen
+
+
+def _of_streams(c: ModelConfig) -> int:
+    """Of all hyper-connections and the head's."""
+    n, width = c.hc_mult, c.hidden_size
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    return 2 * layers * ((n + 2) * width + 3 * (2 + n) * n) + 6 * n * width if n > 1 else 0
+
+
+def _of_lookup(c: ModelConfig) -> int:
+    """Of a layer of Engram: its rows and their addresses, a value, keys, a convolution."""
+    heads, taps = (c.engram_max_ngram_size - 1) * c.engram_n_heads, c.engram_kernel_size
+    return heads * (c.engram_head_dim + 2) + ((4 + taps) * c.hc_mult + 1 + taps) * c.hidden_size
+
+
+def _scores(c: ModelConfig, rows: int, context: int) -> int:
+    """Numbers of two blocks of attention scores."""
+    return 2 * rows * c.num_attention_heads * min(QUERY_BLOCK, context) * context
+
+
+def _orthogonalising(config: ModelConfig) -> int:
+    """Numbers of the copies in which Muon multiplies: all matrices' updates, and the largest batch of one shape."""
+    found = cost.matrices(config)
+    each = [count * rows * columns for (rows, columns), count in found.items()]
+    return sum(each) + 4 * max(each, default=0)
+
+
+# --- reinforcement learning -------------------------------------------------------------------------------------------
+
+
+def reinforcement(
+    config: ModelConfig, answers: int, length: int, *, trained: int | None = None, tokens: int = 2048
+) -> dict[str, dict[str, int]]:
+    """Bytes by component in each phase of a step of RL: sampling `answers` of up to `length` tokens with their prompt,
+    scoring them again, and the update. trained: parameters of adapters; all of the model's by default.
+
+    See posttrain/memory.py, which keeps a run below a limit.
+    """
+    counts = cost.parameters(config, mtp=True)
+    total = counts.total - counts.table
+    trained = total if trained is None else trained
+    table = TablePlan(config, cost.table_rows(config)).table_bytes if config.engram_layer_ids else 0
+    fixed = {"python and torch": RUNTIME, "weights": FLOAT * (total + (trained if trained < total else 0)),
+             "optimiser": 2 * FLOAT * trained, "table": table}  # fmt: skip
+    pages = answers * -(-length // PAGE) * PAGE
+    passes = FLOAT * max(tokens, length) * kept(config)
+    logits = {"logits and scores": FLOAT * (LOGIT_ROWS * config.vocab_size + _scores(config, 1, max(tokens, length)))}
+    phases = {
+        "sampling": {"keys and values": pages * cost.kv_bytes(config)},
+        "scoring": {"activations": passes // (config.num_hidden_layers or 1), **logits},
+        "update": {"activations": passes, "gradients": FLOAT * trained, **logits},
+    }
+    return {name: {key: size for key, size in (fixed | phase).items() if size} for name, phase in phases.items()}

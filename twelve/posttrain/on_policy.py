@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twelve import __version__, convert
+from twelve import convert
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Engine
 from twelve.errors import InputError
@@ -161,7 +161,7 @@ def on_policy(
                 attach(model, lora, seed=seed)
             return OnPolicy(model, plan, folder, tokenizer, weighed)
 
-        return Prepared(plan, make_trainer, tokenizer, lambda figures: _card(plan, figures), True)
+        return Prepared(plan, make_trainer, tokenizer, lambda figures: _about(plan, figures), True)
 
     return run("on-policy", out, options, prepare, minutes, steps, started, quiet)
 
@@ -174,28 +174,22 @@ def _weights(named: Sequence[str], weights: Sequence[float] | None) -> list[floa
     return [weight / sum(given) for weight in given]
 
 
-def _card(plan: Plan, figures: dict[str, Any]) -> str:
+def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
     asked = plan.options
-    names, levels, languages = ({str(value): None for value in column} for column in zip(*asked["cells"], strict=True))
-    teachers = "\n".join(
-        f"- {'every other task' if task == 'None' else task}: {', '.join(f'`{name}`' for name in named)}"
+    names, levels, languages = ({value: None for value in column} for column in zip(*asked["cells"], strict=True))
+    teachers = [
+        f"teachers of {'every other task' if task == 'None' else task}: {', '.join(f'`{name}`' for name in named)}"
         for task, named in asked["teachers"].items()
-    )
-    return f"""# {Path(figures['model']).name}
-
-Distilled from `{asked['student']}` on its own answers by twelve {__version__}: reverse KL to its teachers over the
-whole vocabulary.
-
-| | |
-|---|---|
-| parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
-| tasks | {', '.join(names)}; levels {', '.join(levels)}; {', '.join(languages)} |
-| tokens of its answers | {figures['tokens']:,} |
-| divergence at the end | {figures['loss']} nats a token |
-| time | {figures['training_seconds']} s |
-| seed | {plan.seed} |
-
-Teachers:
-
-{teachers}
-"""
+    ]
+    return {
+        "made": f"Distilled from `{asked['student']}` on its own answers: reverse KL to its teachers over the whole "
+        "vocabulary.",
+        "parents": [asked["student"]],
+        "data": [f"problems of {', '.join(names)}, levels {', '.join(map(str, levels))}", *teachers],
+        "languages": languages,
+        "measured": {
+            "tokens of its answers": figures["tokens"],
+            "divergence at the end": f"{figures['loss']} nats a token",
+        },
+        "limits": "It was taught these tasks alone, and may have become worse at others.",
+    }

@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from twelve import __version__, convert, report, tasks
+from twelve import convert, report, tasks
+from twelve.convert.card import render
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import GROUP
@@ -105,19 +106,15 @@ def write_report(folder: Path, progress: Progress, quiet: bool) -> None:
 
 def card(folder: Path, progress: Progress) -> str:
     """The model card."""
-    table, options = lines(progress), progress.options
-    head = "| " + " | ".join(table[0]) + " |\n|" + "---|" * len(table[0])
-    body = "\n".join("| " + " | ".join(map(str, line.values())) + " |" for line in table)
-    return f"""# {folder.name}
-
-Made from `{options['model']}` by the recipe {options['recipe']} with twelve {__version__}, on checkable tasks.
-Right answers are greedy ones to held-out problems, ± one standard error.
-
-{head}
-{body}
-
-Limits: it was trained for these tasks, and may have become worse at others.
-"""
+    options = progress.options
+    return render(
+        folder, f"Made from `{options['model']}` by the recipe {options['recipe']}, on checkable tasks. Right answers "
+        "are greedy ones to held-out problems, ± one standard error.",
+        verb="rl", config=convert.load_config(folder / progress.stages[-1]["name"]), parents=[options["model"]],
+        data=[f"problems of the task `{name}`" for name in options["task"]], seed=options["seed"],
+        languages=options["language"] or tasks.LANGUAGES, measured=lines(progress), options=options,
+        limits="It was trained for these tasks, and may have become worse at others.",
+    )  # fmt: skip
 
 
 def publish(last: Path, folder: Path, card: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from twelve import __version__, convert, tasks
+from twelve import convert, tasks
 from twelve.errors import InputError
 from twelve.lora import attach
 from twelve.model import Transformer, count_parameters
@@ -100,7 +100,7 @@ def rl(
             kind = partial(Judged, judge=judge) if judge else Reinforcement
             return kind(network, words, plan, folder, cells, objective, rewards, reference)
 
-        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), chats=True)
+        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), chats=True)
 
     return run("rl", out, options, prepare, minutes, steps, started, quiet)
 
@@ -129,27 +129,21 @@ def _load(source: Path, rank: int, device: torch.device, seed: int) -> Transform
     return attach(model, rank, seed=seed) if rank else model
 
 
-def _card(plan: Plan, figures: dict[str, Any]) -> str:
+def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
     o = plan.options
-    tasked = "\n".join(f"- `{name}`" for name in o["task"])
+    how = {"grpo": "reinforcement learning (GRPO)", "rejection": "SFT on its own right answers"}[o["method"]]
     adapters = f", through adapters of rank {o['lora']}" if o["lora"] else ""
-    return f"""# {Path(figures['model']).name}
-
-Made from `{o['model']}` by reinforcement learning (GRPO) on checkable tasks with twelve {__version__}{adapters}.
-
-| | |
-|---|---|
-| held-out problems right before | {figures['accuracy_before']:.1%} |
-| after | {figures['accuracy_after']:.1%} ± {figures['standard_error']:.1%} (one standard error) |
-| steps | {figures['steps']} of {o['prompts']} problems x {o['group']} answers |
-| tokens sampled | {figures['tokens']:,} |
-| time | {figures['training_seconds']} s |
-| most memory | {figures['peak_memory'] / 2**30:.2f} GiB |
-| seed | {plan.seed} |
-
-Tasks:
-
-{tasked}
-
-Limits: it was rewarded for nothing but these tasks, and may have become worse at others.
-"""
+    return {
+        "made": f"Made from `{o['model']}` by {how} on checkable tasks{adapters}.",
+        "parents": [o["model"]],
+        "data": [f"problems of the task `{name}`" for name in o["task"]],
+        "languages": o["language"] or tasks.LANGUAGES,
+        "measured": {
+            "held-out problems right before": f"{figures['accuracy_before']:.1%}",
+            "after": f"{figures['accuracy_after']:.1%} ± {figures['standard_error']:.1%} (one standard error)",
+            "a step": f"{o['prompts']} problems x {o['group']} answers",
+            "tokens sampled": figures["tokens"],
+            "most memory": f"{figures['peak_memory'] / 2**30:.2f} GiB",
+        },
+        "limits": "It was rewarded for nothing but these tasks, and may have become worse at others.",
+    }

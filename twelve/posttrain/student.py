@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from twelve import __version__, convert
+from twelve import convert
 from twelve.config import ModelConfig, small_v3
+from twelve.convert.card import render
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.model import Transformer
@@ -83,6 +84,9 @@ def make_student(
     else:
         network, tokenizer = convert.load(teacher, device="cpu", dtype=torch.float32)
         student, _ = cut(network, layers)
-    card = f"# {Path(folder).name}\n\nA student before its training, made by twelve {__version__}: {words}.\n"
+    card = render(
+        folder, f"A student before its training: {words}.", verb="distill", config=student.config, parents=[teacher],
+        seed=seed if is_fresh else None,
+    )  # fmt: skip
     convert.save(student, tokenizer, folder, card)
     return words

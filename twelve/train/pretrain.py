@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from twelve import __version__
 from twelve.config import ModelConfig, small_v3
 from twelve.data.corpus import tokenize
 from twelve.data.shards import META, PackedData
@@ -75,7 +74,7 @@ def pretrain(
 
         epoch_steps = max(1, data.windows(context) // batch)
         chats = data.conversations > 0
-        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), chats, epoch_steps)
+        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), chats, epoch_steps)
 
     return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
 
@@ -94,24 +93,11 @@ def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: i
     return shards
 
 
-def _card(plan: Plan, figures: dict[str, Any]) -> str:
-    sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
-    data = f"{plan.data['bytes']:,} bytes of text, SHA-256 of the tokens {plan.data['sha256'][:16]}…"
-    return f"""# {Path(figures['model']).name}
-
-A small language model in DeepSeek-V3's shape, pretrained with twelve {__version__}.
-
-| | |
-|---|---|
-| parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
-| tokens seen | {figures['tokens']:,} of {plan.data['tokens']:,} in the data |
-| training loss | {figures['loss']} nats a token |
-| time | {figures['training_seconds']} s on {plan.threads} CPU threads or the device in `training/plan.json` |
-| seed | {plan.seed} |
-
-Data ({data}; its licence is its owner's):
-
-{sources}
-
-Limits: it repeats its data's mistakes and prejudices, knows little, and states falsehoods fluently.
-"""
+def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "made": "A small language model in DeepSeek-V3's shape, pretrained on text.",
+        "measured": {
+            "tokens seen": f"{figures['tokens']:,} of {plan.data['tokens']:,} in the data",
+            "training loss": f"{figures['loss']} nats a token",
+        },
+    }

@@ -15,6 +15,7 @@ import torch
 from twelve import report
 from twelve.config import ModelConfig
 from twelve.convert import save
+from twelve.convert.card import render, sources
 from twelve.errors import InputError
 from twelve.files import FolderLock
 from twelve.heap import keep_freed_memory
@@ -27,6 +28,7 @@ EPOCHS = 3  # where neither minutes nor steps are given
 CALIBRATION_SECONDS = 4.0
 SAVE_BYTES_PER_SECOND = 100e6  # cautious, for what the end of a run writes
 HIDDEN = ("model", "before", "after")  # figures that the report does not show as tiles
+VERBS = {"on-policy": "distill"}  # of stages that are no verb themselves
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Prepared:
     plan: Plan
     make_trainer: Callable[[], Trainer]  # with the model as the run begins
     tokenizer: Any
-    card: Callable[[dict[str, Any]], str]  # model card from the run's figures
+    about: Callable[[dict[str, Any]], dict[str, Any]]  # what the model card says of the stage, from the figures
     chats: bool  # whether the model answers conversations
     epoch_steps: int = 0  # steps that see every token once; 0 where data are made on the way
 
@@ -173,7 +175,7 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
         "training_seconds": round(trainer.seconds, 1),
         "tokens_per_second": round(trainer.tokens / max(trainer.seconds, 1e-9), 1), **trainer.outcome(),
     }  # fmt: skip
-    save(merge(trainer.model.eval()), prepared.tokenizer, folder, prepared.card(figures))
+    save(merge(trainer.model.eval()), prepared.tokenizer, folder, _card(prepared, figures))
     path = folder / "training" / "report.html"
     asked = {key: value for key, value in plan.options.items() if value is not None}
     machine = f"{platform.processor() or platform.machine()}, {plan.threads} threads, torch {torch.__version__}"
@@ -190,3 +192,18 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
     trainer.checkpoint.unlink(missing_ok=True)  # several times the model's size, and nothing is left to resume
     following = f"twelve chat {folder}" if prepared.chats else f'twelve generate {folder} "..."'
     return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path), "next": following}
+
+
+def _card(prepared: Prepared, figures: dict[str, Any]) -> str:
+    plan, about = prepared.plan, prepared.about(figures)
+    measured = {
+        **about.pop("measured"),
+        "parameters": f"{figures['parameters']:,} ({figures['active_parameters']:,} active a token)",
+        "training": f"{figures['steps']:,} steps in {figures['training_seconds']} s",
+        "machine": f"{plan.threads} threads, {plan.precision}, torch {torch.__version__}",
+    }
+    data = [*about.pop("data", ()), *(sources(plan.options["paths"], plan.data) if plan.data else ())]
+    return render(
+        figures["model"], verb=VERBS.get(plan.stage, plan.stage), config=ModelConfig(**plan.config), seed=plan.seed,
+        options=plan.options, measured=measured, data=data, chats=prepared.chats, **about,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from twelve import __version__, convert
+from twelve import convert
 from twelve.data.corpus import tokenize
 from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
@@ -92,31 +92,20 @@ def sft(
                 attach(model, lora, seed=seed, merged=False)
             return trainer(model, batches, plan, folder)
 
-        return Prepared(plan, make_trainer, words, lambda figures: _card(plan, figures), True, epoch_steps)
+        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), True, epoch_steps)
 
     return run("sft", out, options, prepare, minutes, steps, started, quiet)
 
 
-def _card(plan: Plan, figures: dict[str, Any]) -> str:
-    source = plan.options["model"]
-    sources = "\n".join(f"- `{path}`" for path in plan.options["paths"])
-    teacher = plan.options.get("teacher")
-    rank = plan.options.get("lora")
+def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+    source, teacher, rank = (plan.options.get(name) for name in ("model", "teacher", "lora"))
     how = f" with the probabilities of `{teacher}`" if teacher else ""
-    how += f", through adapters of rank {rank}," if rank else ""
-    return f"""# {Path(figures['model']).name}
-
-Fine-tuned from `{source}` on conversations{how} by twelve {__version__}; loss on the assistant's words only.
-
-| | |
-|---|---|
-| parameters | {figures['parameters']:,} ({figures['active_parameters']:,} active a token) |
-| tokens seen | {figures['tokens']:,} of {plan.data['tokens']:,} in the data, with padding |
-| training loss | {figures['loss']} nats a token of the assistant |
-| time | {figures['training_seconds']} s |
-| seed | {plan.seed} |
-
-Data (SHA-256 of the tokens {plan.data['sha256'][:16]}…; its licence is its owner's):
-
-{sources}
-"""
+    how += f", through adapters of rank {rank}" if rank else ""
+    return {
+        "made": f"Fine-tuned from `{source}` on conversations{how}; the loss is on the assistant's words only.",
+        "parents": [source],
+        "measured": {
+            "tokens seen": f"{figures['tokens']:,} of {plan.data['tokens']:,} in the data, with padding",
+            "training loss": f"{figures['loss']} nats a token of the assistant",
+        },
+    }
