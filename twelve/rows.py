@@ -1,11 +1,13 @@
 """Rows of numbers, taken and put by their numbers: of a safetensors file that is changed in place, or of memory.
 
-The file is mapped: the kernel holds in memory what is used, and the file may be larger than that. Where the process may
-not have so many addresses (`ulimit -v`) rows are read and written one after another, with the same results.
+The file is mapped: the kernel holds in memory what is used, and the file may be larger than that. Rows that change often
+can be held in memory instead, if there is so much. Where the process may not have so many addresses (`ulimit -v`) rows
+are read and written one after another. The results are the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -40,6 +42,7 @@ class Rows:
         self.count, self.width = shape
         self.dtype, self.array, self.descriptor, self.offset = dtype, array, descriptor, offset
         self.row_bytes = self.width * dtype.itemsize
+        self._changed: np.ndarray | None = None  # of rows held in memory: [pages] bool, what their file does not have yet
 
     @staticmethod
     def zeros(shape: tuple[int, int], dtype: np.dtype) -> Rows:
@@ -62,15 +65,50 @@ class Rows:
         """values [n, width] in the place of rows int64 [n], all different."""
         if self.array is not None:
             self.array[rows] = values
+            if self._changed is not None:
+                places = self.row_bytes * rows
+                self._changed[places // PAGE] = self._changed[(places + self.row_bytes - 1) // PAGE] = True
             return
         size = self.row_bytes
         for row, value in zip(rows.tolist(), np.ascontiguousarray(values), strict=True):
             os.pwrite(self.descriptor, value, self.offset + size * row)
 
+    def hold(self) -> None:
+        """Read all of the file's rows into memory, and from now on change them there: `write_back` gives them to the
+        file. Of a map the kernel writes changed pages whenever it likes, and the next change of each is a fault. Where
+        there are no addresses for it the map stays."""
+        try:
+            memory = mmap.mmap(-1, max(1, self.nbytes))
+        except OSError:
+            return
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        done, target = 0, memoryview(memory)
+        while done < self.nbytes:  # at most 2 GiB at once
+            done += os.preadv(self.descriptor, [target[done : self.nbytes]], self.offset + done)
+        self.array = np.frombuffer(memory, self.dtype, self.count * self.width).reshape(self.count, self.width)
+        self._changed = np.zeros(-(-self.nbytes // PAGE), bool)
+
+    def write_back(self) -> None:
+        """Give the file what changed in memory since the last time."""
+        if self._changed is None or not self._changed.any():
+            return
+        data = memoryview(self.array).cast("B")
+        edges = np.flatnonzero(np.diff(self._changed, prepend=False, append=False)) * PAGE
+        for start, end in edges.reshape(-1, 2).tolist():
+            while start < min(end, self.nbytes):
+                start += os.pwrite(self.descriptor, data[start : min(end, self.nbytes)], self.offset + start)
+        self._changed[:] = False
+
+    @property
+    def is_held(self) -> bool:
+        return self._changed is not None
+
     def warm(self, rows: np.ndarray) -> None:
         """Have the kernel read the pages of rows int64 [n] that are not in memory: all at once, which a disk does many
         times faster than one by one. Where the first few are there, the rest is thought to be."""
-        if self.descriptor < 0 or not hasattr(os, "posix_fadvise"):  # macOS
+        if self.descriptor < 0 or self.is_held or not hasattr(os, "posix_fadvise"):  # macOS
             return
         places = self.offset + self.row_bytes * rows
         if all(self._is_in_memory(place) for place in places[:SAMPLE].tolist()):

@@ -1,12 +1,14 @@
 """The table of a conditional memory: rows that lie in host memory or in one mapped file, read and trained by number.
 
-Only rows that a batch touches cost anything. In training they are changed in place; `twelve.journal` is the way back to
-the last checkpoint, so that a kill at any moment loses no more than the steps since.
+Only rows that a batch touches cost anything. In training they are changed in place, of the file's map or, where memory
+can hold all of them, of a copy that checkpoints write back; `twelve.journal` is the way back to the last checkpoint, so
+that a kill at any moment loses no more than the steps since.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +21,14 @@ from torch import Tensor
 
 from twelve.errors import InputError
 from twelve.files import atomic_write
+from twelve.heap import memory
 from twelve.journal import Journal
 from twelve.rows import CODES, DTYPES, RowFile, Rows, copy_file, decode, encode, own
 
 STATE = "engram-state.safetensors"  # beside the journal
 EPS = 1e-10
 MANY = 256  # rows of a read, from which it pays to ask for all before the first is waited for
+PATIENCE = 64
 FAR_BYTES = 1 << 26  # smaller tables stay in memory by being used
 
 
@@ -49,6 +53,7 @@ class Table:
         self._journal: Journal | None = None
         self._kept: np.ndarray | None = None  # [count] bool: whether the journal holds what the row was
         self._changed = False
+        self._faults, self._patience = -1, 0  # the first steps count as cold
         self._lock = threading.Lock()  # between those who read and those who put
         self._reader = ThreadPoolExecutor(1, "table-reader")
         self._reading: list[Future] = []
@@ -131,7 +136,15 @@ class Table:
     @property
     def is_far(self) -> bool:
         """Whether rows may have to come from a disk, so that `prefetch` can pay."""
-        return self._file is not None and self.nbytes >= FAR_BYTES
+        return self._file is not None and not self._rows.is_held and self.nbytes >= FAR_BYTES
+
+    def is_cold(self) -> bool:
+        """Whether this process had to wait for a disk during one of the last PATIENCE calls: then to prefetch pays even
+        for a few rows, where to find them takes longer than to read them from memory."""
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        self._patience = PATIENCE if faults != self._faults else self._patience - 1
+        self._faults = faults
+        return self.is_far and self._patience > 0
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """float32 [..., width] of row numbers int64 [...]."""
@@ -152,9 +165,8 @@ class Table:
             self._reading.append(self._reader.submit(self._warm, rows.reshape(-1)))
 
     def _warm(self, rows: np.ndarray) -> None:
-        for part in (self._rows, self._scales, self._squares):
-            if part is not None:
-                part.warm(rows)
+        for part in self._parts():
+            part.warm(rows)
 
     # training
 
@@ -175,6 +187,9 @@ class Table:
         self._squares = self._state.rows("squares")
         if self._squares.count != self.count:
             raise InputError(f"{state} is of another table: name the folder that the training began in")
+        if self.address is not None and self.nbytes + self._squares.nbytes <= memory()[1] // 2:
+            for part in self._parts():
+                part.hold()
         self._journal = Journal(journal, step, 8 + self.row_bytes + self._squares.row_bytes)
         self._kept = np.zeros(self.count, bool)
 
@@ -233,6 +248,8 @@ class Table:
         """Return when all updates are on the disk: before the checkpoint that goes with them is."""
         self._settle()
         if self._journal is not None:
+            for part in self._parts():
+                part.write_back()
             self._file.flush()
             self._state.flush()
 
@@ -284,6 +301,9 @@ class Table:
             held = {"rows": self._rows} | ({"scales": self._scales} if self._scales else {})
             _create(path, self.count, self.width, self.dtype, self.identity, self.compressed, held)
             return
+        self._rows.write_back()
+        if self._scales:
+            self._scales.write_back()
         if path.exists() and path.samefile(self.path):
             self._file.flush()
             return
@@ -312,6 +332,9 @@ class Table:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _parts(self) -> list[Rows]:
+        return [part for part in (self._rows, self._scales, self._squares) if part is not None]
 
     def _take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return self._rows.take(rows), self._scales.take(rows) if self._scales else None

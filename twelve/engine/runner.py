@@ -139,7 +139,7 @@ def make_runner(model, vocab_size: int, selection: float | None = None) -> Runne
 def fetch_ahead(memory, step: Step) -> None:
     """Have a thread read what a step needs of a table that may lie on a disk: all of it at once, which a layer that
     goes from row to row would not. memory: the model's; None has nothing to read."""
-    if memory is not None and memory.table.is_far:
+    if memory is not None and memory.table.is_cold():
         parts = zip(step.before, np.split(step.tokens, step.starts[1:-1]), strict=True)
         ids = np.concatenate([ids for pair in parts for ids in pair])
         memory.prefetch(torch.from_numpy(ids)[None])
