@@ -4,7 +4,8 @@
 
 A run is a process of its own on one thread, `--workers` at a time, and leaves its row in rows.jsonl: the same command
 goes on where it stopped. With one seed all arms read the same batches in the same order, for the same seconds of
-training; measuring is not counted. Bits a byte of the held-out texts are measured at token marks that all arms share,
+training that the processor worked for them; measuring is not counted. Where other work slows the memory down, run all
+arms at a time, even on one core: it then slows them alike. Bits a byte of the held-out texts are measured at token marks that all arms share,
 and at the end. Equal seconds compares the ends. Equal tokens compares the last mark that every run passed before its
 learning rate began to fall: at later ones the arms are at different points of the schedule.
 
@@ -92,9 +93,9 @@ def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: P
         known = trainer.step > plan.warmup  # the speed: the schedule's end follows the clock
         plan.revisions = [(0, max(trainer.step + 1, round(trainer.step * budget / spent)) if known else NO_END)]
         falling = plan.in_decay(trainer.step)
-        began = time.monotonic()
+        began = time.process_time()
         figures = trainer.train_step()
-        spent += time.monotonic() - began
+        spent += time.process_time() - began
         if trainer.tokens // options.mark > len(marks):
             at = {"tokens": trainer.tokens, "seconds": spent, "falling": falling, "loss": figures["loss"]}
             marks.append(at | measure(model, words, options))
