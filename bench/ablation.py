@@ -76,6 +76,7 @@ def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: P
     torch.set_num_threads(1)
     keep_freed_memory()
     device = pick_device(options.device)
+    clock = time.process_time if device.type == "cpu" else time.monotonic
     data, words = PackedData(options.out / "tokens"), Tokenizer.load(options.out / "tokens")
     config = configure(arm, words, options)
     plan = Plan(
@@ -93,9 +94,9 @@ def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: P
         known = trainer.step > plan.warmup  # the speed: the schedule's end follows the clock
         plan.revisions = [(0, max(trainer.step + 1, round(trainer.step * budget / spent)) if known else NO_END)]
         falling = plan.in_decay(trainer.step)
-        began = time.process_time()
+        began = clock()
         figures = trainer.train_step()
-        spent += time.process_time() - began
+        spent += clock() - began
         if trainer.tokens // options.mark > len(marks):
             at = {"tokens": trainer.tokens, "seconds": spent, "falling": falling, "loss": figures["loss"]}
             marks.append(at | measure(model, words, options))
