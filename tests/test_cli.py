@@ -14,7 +14,8 @@ from twelve import cli
 from twelve.errors import InputError
 
 VERBS = [
-    "demo", "tokenize", "pretrain", "sft", "rl", "distill", "eval", "chat", "generate", "serve", "convert", "quantize",
+    "demo", "doctor", "pull", "plan", "tokenize", "pretrain", "sft", "rl", "distill", "eval", "chat", "generate",
+    "serve", "convert", "quantize",
 ]  # fmt: skip
 
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from twelve.convert import load, open_parts, resolve, save
 from twelve.convert.card import render
-from twelve.data.corpus import texts as texts_of
-from twelve.data.reader import read_documents
 from twelve.data.tokenizer import Tokenizer
+from twelve.data.windows import WINDOW, calibration
 from twelve.errors import InputError
 from twelve.evaluate.bits import bits_per_byte
 from twelve.gptq import LARGEST, Inputs, gptq, gptq_experts, round_plainly, stacked
@@ -25,7 +24,6 @@ from twelve.model.mtp import MTPModule
 from twelve.model.transformer import Transformer
 from twelve.quantize import Form, forms_of, matrices, packable, packs, replace
 
-WINDOWS, WINDOW = 64, 512  # of calibration text at most, and their tokens
 TOKENS = 2048  # through a layer at a time
 
 
@@ -107,22 +105,6 @@ def _sizes(model: nn.Module) -> list[tuple[int, int]]:
     sizes = [(tensor.nbytes, tensor.numel()) for tensor in model.parameters()]
     packed = [one for name in forms_of(model) for one in packs(model.get_submodule(name))]
     return sizes + [(p.nbytes, p.weights.shape[:-3].numel() * p.rows * p.columns) for p in packed]
-
-
-def calibration(tokenizer: Tokenizer, paths: Sequence[str | Path], window: int, limit: int | None = None) -> Tensor:
-    """Token ids [at most WINDOWS, window] int64 of the first documents, one after the other, each begun as in training.
-
-    `InputError` when the text does not fill one window.
-    """
-    ids: list[int] = []
-    for count, text in enumerate(texts_of(read_documents(paths))):
-        if len(ids) >= WINDOWS * window or count == limit:
-            break
-        ids += [*tokenizer.start_ids, *tokenizer.encode(text, control=False)]
-    rows = min(WINDOWS, len(ids) // window)
-    if rows == 0:
-        raise InputError(f"the calibration text has {len(ids)} tokens, and {window} are the least: give more --text")
-    return torch.tensor(ids[: rows * window]).view(rows, window)
 
 
 @torch.no_grad()

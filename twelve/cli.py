@@ -33,10 +33,35 @@ def demo(options: Options) -> Result:
     return demo(options.out, **_given(options, {"minutes", "seed", "device"}))
 
 
+def doctor(options: Options) -> None:
+    from twelve.doctor import doctor
+
+    doctor(as_json=options.json)
+
+
+def pull(options: Options) -> Result:
+    from twelve.pull import pull
+
+    return pull(options.name, **_given(options, {"out", "revision", "file", "endpoint"}))
+
+
+def plan(options: Options) -> Result:
+    from twelve.planner import plan
+
+    return plan(options.paths, **_given(options, PLAN), switches=_given(options, {"hc_mult", "engram_vocab_size"}))
+
+
 def tokenize(options: Options) -> Result:
     from twelve.data.corpus import tokenize
 
-    return tokenize(options.paths, options.out, options.tokenizer, options.vocab_size)
+    return tokenize(options.paths, options.out, options.tokenizer, options.vocab_size, filter=options.filter)
+
+
+def filter(options: Options) -> Result:
+    from twelve.filter import filter_text
+
+    given = _given(options, {"against", "languages", "budget", "temperature", "report"})
+    return filter_text(options.paths, options.out, weights=dict(options.weight), quiet=options.json, **given)
 
 
 def pretrain(options: Options) -> Result:
@@ -85,14 +110,16 @@ def evaluate(options: Options) -> Result:
         given = _given(options, {"seed"}) | ({"count": options.facts} if options.facts else {})
         count = write_documents(options.facts_text, languages=options.language, **given)
         return {"documents": count, "file": options.facts_text, "next": f"twelve pretrain TEXT {options.facts_text}"}
-    if options.model is None:
-        raise InputError("name a MODEL to measure; only --audit TASK and --facts-text FILE do without one")
+    if options.model is None and (options.compare or not options.contamination):
+        raise InputError(
+            "name a MODEL to measure; only --audit TASK, --facts-text FILE and --contamination PATH do without one"
+        )
     from twelve.evaluate.evaluate import evaluate
 
     return evaluate(
-        options.model, texts=options.text, tasks=options.task, languages=options.language, levels=options.level,
-        without_memory=options.without_memory,
-        **_given(options, {"problems", "limit", "context", "temperature", "seed", "device", "facts"}),
+        options.model, texts=options.text, tasks=options.task, choices=options.choices, languages=options.language,
+        levels=options.level, without_memory=options.without_memory, contamination=options.contamination,
+        **_given(options, EVALUATION),
     )  # fmt: skip
 
 
@@ -124,6 +151,14 @@ def serve(options: Options) -> None:
 
 
 def convert(options: Options) -> Result:
+    if options.out.endswith(".gguf"):
+        if _given(options, {"layers", "width", "experts"}):
+            raise InputError("resize into a folder first, then convert that folder to a .gguf file")
+        from twelve.convert.gguf_export import export
+
+        return export(options.model, options.out, options.dtype)
+    if options.dtype in ("q8_0", "q4_0"):
+        raise InputError(f"--dtype {options.dtype} is for a .gguf file; `twelve quantize` packs a folder")
     import torch
 
     from twelve.convert import load, save
@@ -131,12 +166,20 @@ def convert(options: Options) -> Result:
     from twelve.quantize import dequantize
 
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
-    dequantize(model)
     made = f"`{options.model}` written as {options.dtype}."
-    card = render(options.out, made, verb="convert", config=model.config, parents=[options.model])
+    if sizes := _given(options, {"layers", "width", "experts"}):
+        from twelve.convert.resize import resize
+
+        model = resize(model, **sizes, tokenizer=tokenizer, texts=options.text)
+        asked = ", ".join(f"{name} {value}" for name, value in sizes.items())
+        made = f"`{options.model}` resized ({asked}), before any training, written as {options.dtype}."
+    dequantize(model)
+    seed = 0 if sizes else None
+    card = render(options.out, made, verb="convert", config=model.config, parents=[options.model], seed=seed)
     save(model, tokenizer, options.out, card)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"model": options.out, "parameters": parameters, "next": f"twelve chat {options.out}"}
+    following = f"twelve pretrain TEXT --from {options.out}" if sizes else f"twelve chat {options.out}"
+    return {"model": options.out, "parameters": parameters, "next": following}
 
 
 def quantize(options: Options) -> Result:
@@ -180,11 +223,20 @@ RECIPE = {"recipe", "cold_start", "mix", "judge", "judge_model", "judge_prompts"
 DISTILLATION = {
     "how", "student", "layers", "width", "task", "level", "language", "key_env", "traces", "max_tokens", "lora",
 }  # fmt: skip
-SHAPE = {"tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp"}
+SHAPE = {
+    "memory", "tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp", "start", "filter",
+}  # fmt: skip
+PLAN = {
+    "minutes", "memory", "tokenizer", "vocab_size", "batch", "context", "mtp", "watts", "price", "currency", "model",
+    "gpus", "parameters", "tokens", "utilisation", "rent", "device",
+}  # fmt: skip
 SWITCHES = {"hc_mult", "engram_vocab_size", "engram_layers", "engram_dtype"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}
 DISK = 4 * 2**30  # bytes of --cache without --cache-disk
 SAMPLING = {"temperature", "top_p", "max_tokens", "seed"}
+EVALUATION = {
+    "problems", "limit", "context", "samples", "temperature", "seed", "device", "facts", "compare", "out", "report",
+}  # fmt: skip
 
 
 def _given(options: Options, names: set[str]) -> Result:

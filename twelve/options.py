@@ -42,6 +42,32 @@ def size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
+def amount(text: str) -> float:
+    """A number, written like 350M, 7B or 14.8T."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMBT]?)", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number like 350M, 7B or 14.8T")
+    return float(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ")
+
+
+def budget(text: str) -> int | float:
+    """A share of what there is (float), written like 25%, or bytes (int) as in `size`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text.strip())
+    if not found:
+        return size(text)
+    if not 0 < float(found[1]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: write it like 25%")
+    return float(found[1]) / 100
+
+
+def weight(text: str) -> tuple[str, float]:
+    """PATH=NUMBER."""
+    path, equals, number = text.rpartition("=")
+    if not (path and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATH=NUMBER")
+    return path, not_negative(number)
+
+
 def numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, like 6,4,2."""
     return [positive(part) for part in text.split(",")]

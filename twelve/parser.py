@@ -9,7 +9,9 @@ import twelve
 from twelve.config import TABLE_DTYPES
 from twelve.errors import InputError
 from twelve.options import (
+    amount,
     assignment,
+    budget,
     device,
     natural,
     naturals,
@@ -21,12 +23,17 @@ from twelve.options import (
     share,
     size,
     switch,
+    weight,
 )
 
 DESCRIPTION = """\
 Text and checkable tasks into a model folder, and a model folder into a conversation, on the machine you have.
 
   demo        train a small model for a few minutes, measure it, and show what it can do
+  doctor      what this machine can do, what will be slow on it, and why
+  pull        a model of a Hugging Face repository into a folder here
+  plan        what a training will take and give, before it begins
+  filter      text into the part of it that is worth learning from
   tokenize    text files into token shards
   pretrain    text into a model folder
   sft         a model folder and conversations into a model folder
@@ -36,11 +43,11 @@ Text and checkable tasks into a model folder, and a model folder into a conversa
   chat        talk to a model here
   generate    answer one prompt, or one a line of a file
   serve       an OpenAI-shaped API and a page, on this machine
-  convert     any model that can be read into a Hugging Face folder
+  convert     any model that can be read into a Hugging Face folder, or one .gguf file
   quantize    a model into a folder of 8-bit or 4-bit weights
 
-A MODEL is a folder, a .gguf file, or the name of an installed model package (smollm2).
-A PATH is a .txt, .md or .jsonl file (.gz and .zst too), a folder of them, or - for standard input."""
+A MODEL is a folder, a .gguf file, or a name: of an installed package (smollm2), or of what `twelve pull` fetched.
+A PATH is a .txt, .md, .jsonl (.gz and .zst too) or .parquet file, a folder of them, or - for standard input."""
 
 FINER = {  # of --set: what each is read as; what they mean: docs/recipes.md
     "updates": positive, "loss": str, "normalise": str, "kl": not_negative, "off_policy": positive_float,
@@ -66,21 +73,67 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--out", default="runs/demo", metavar="FOLDER", help="default: runs/demo")
     _computing(made)
 
+    verb("doctor", "", "Say what this machine can do, what will be slow on it, and what to do about that.", talks=True)
+
+    made = verb("pull", "NAME", "Fetch a model of a Hugging Face repository, and check it. Resumes.")
+    made.add_argument("name", metavar="NAME", help="like OWNER/MODEL; HF_TOKEN opens what is not open to all")
+    made.add_argument("--out", metavar="FOLDER", help="default: where every verb finds it by its NAME")
+    made.add_argument("--revision", default="main", metavar="NAME", help="branch, tag or commit (default: main)")
+    made.add_argument("--file", metavar="NAME", help="the one .gguf file to fetch")
+    made.add_argument("--endpoint", metavar="URL", help="of another hub than https://huggingface.co")
+
+    made = verb("plan", "[PATH...]", "Say what a training will take and give. Nothing is trained or written.")
+    made.add_argument("paths", nargs="*", metavar="PATH", help="text, or a folder that `twelve tokenize` wrote")
+    made.add_argument("--minutes", type=positive_float, help="for everything (default: 10)")
+    made.add_argument("--memory", type=size, metavar="SIZE", help="to stay below, like 8GiB (default: what is free)")
+    _tokenizer(made)
+    made.add_argument("--batch", type=positive, help="sequences a step")
+    made.add_argument("--context", type=positive, help="tokens a sequence")
+    made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
+    made.add_argument("--hc-mult", type=positive, help="residual streams")
+    made.add_argument("--engram-vocab-size", type=positive, help="rows a head of an n-gram memory")
+    made.add_argument("--watts", type=positive_float, help="of this machine at work (65), or of each device (its own)")
+    made.add_argument("--price", type=not_negative, help="of a kilowatt-hour")
+    made.add_argument("--currency", metavar="TEXT", help="of prices")
+    made.add_argument("--model", metavar="MODEL", help="to be told of instead: a folder, config.json, deepseek_v3, ...")
+    made.add_argument("--gpus", metavar="8xH100", help="plan for these instead of this machine, with MODEL or:")
+    made.add_argument("--parameters", type=amount, metavar="7B", help="of a dense model")
+    made.add_argument("--tokens", type=amount, metavar="140B", help="to train on (default: 20 a parameter)")
+    made.add_argument("--utilisation", type=share, metavar="SHARE", help="of the devices' peak (default: 0.4)")
+    made.add_argument("--rent", type=not_negative, help="of a device and hour")
+    _computing(made, draws=False)
+
+    made = verb("filter", "PATH... --out FILE", "Drop bad, foreign and repeated text; choose the best of the rest.")
+    made.add_argument("paths", nargs="+", metavar="PATH")
+    made.add_argument("--out", required=True, metavar="FILE", help="to write: .jsonl or .jsonl.gz")
+    made.add_argument("--against", nargs="+", metavar="PATH", help="evaluation files: drop text that has parts of them")
+    made.add_argument("--languages", nargs="+", choices=("ko", "en", "other"), metavar="CODE",
+                      help="to keep: ko, en, other (default: ko en)")  # fmt: skip
+    made.add_argument("--budget", type=budget, metavar="SIZE", help="choose this much of the rest: 25%%, 200MB")
+    made.add_argument("--weight", action="append", type=weight, default=[], metavar="PATH=N",
+                      help="of one PATH in the mixture (default: 1)")  # fmt: skip
+    made.add_argument("--temperature", type=positive_float, help="above 1, small PATHs get more than their share")
+    made.add_argument("--report", metavar="FILE", help="an HTML page with examples of what was kept and dropped")
+
     made = verb("tokenize", "PATH...", "Read text, train a tokenizer if none is named, write shards.")
     made.add_argument("paths", nargs="+", metavar="PATH")
     made.add_argument("--out", default="runs/tokens", metavar="FOLDER", help="default: runs/tokens")
     _tokenizer(made)
+    made.add_argument("--filter", action="store_true", help="drop bad, foreign and repeated text first")
 
-    made = verb("pretrain", "PATH...", "Train a model on text. The same command again resumes.")
+    made = verb("pretrain", "PATH...", "Train a model on text, of sizes that you name or `twelve plan` chose. Run it again to resume.")
     made.add_argument("paths", nargs="+", metavar="PATH", help="text, or a folder that `twelve tokenize` wrote")
     made.add_argument("--out", default="runs/pretrain", metavar="FOLDER", help="the model (default: runs/pretrain)")
     _training(made)
+    made.add_argument("--memory", type=size, metavar="SIZE", help="to stay below, like 8GiB (default: what is free)")
     _tokenizer(made)
+    made.add_argument("--filter", action="store_true", help="drop bad, foreign and repeated text first")
     made.add_argument("--width", type=positive, help="of the residual stream, a multiple of 64")
     made.add_argument("--layers", type=positive, help="decoder layers")
     made.add_argument("--experts", type=natural, help="routed experts a layer; 0 makes a dense model")
     made.add_argument("--experts-per-token", type=positive, help="of them, how many work on a token")
     made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
+    made.add_argument("--from", dest="start", metavar="MODEL", help="go on from its weights; it brings sizes, tokenizer")
     made.add_argument("--hc-mult", type=positive, help="residual streams (default: 1, no hyper-connections)")
     made.add_argument("--engram-vocab-size", type=positive, help="rows a head of an n-gram memory (default: none)")
     made.add_argument("--engram-layers", type=naturals, metavar="N,N", help="that read it (default: 1 and the middle)")
@@ -144,9 +197,10 @@ def build_parser() -> argparse.ArgumentParser:
     _training(made)
     _computing(made)
 
-    made = verb("eval", "[MODEL]", "Measure a model on text, facts or tasks; or, without one, audit a task.")
-    made.add_argument("model", nargs="?", metavar="MODEL")
+    made = verb("eval", "[MODEL]", "Measure a model on text, choices, facts or tasks; or, without one, audit a task.")
+    made.add_argument("model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
     made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="bits per byte of each")
+    made.add_argument("--choices", nargs="+", metavar="FILE", default=[], help="right ones by likelihood, of .jsonl")
     made.add_argument("--task", nargs="+", metavar="TASK", default=[], help="a name, mine.py, .jsonl, gym:NAME, or all")
     made.add_argument("--facts", nargs="?", type=positive, const=100, metavar="N", help="recall of invented ones (100)")
     made.add_argument("--facts-text", metavar="FILE", help="write what teaches them (no MODEL)")
@@ -158,9 +212,15 @@ def build_parser() -> argparse.ArgumentParser:
                       metavar="CODE", help="en, ko (default: both)")
     made.add_argument("--level", nargs="+", type=positive, default=[1], help="of tasks (default: 1)")
     made.add_argument("--problems", type=positive, help="a task, language and level (default: 100)")
-    made.add_argument("--limit", type=positive, help="documents of each PATH")
+    made.add_argument("--limit", type=positive, help="documents of each PATH, rows of each FILE")
     made.add_argument("--context", type=positive, help="tokens of a window (default: the model's, at most 2048)")
-    made.add_argument("--temperature", type=not_negative, help="of answers (default: 0, greedy)")
+    made.add_argument("--samples", type=positive, help="answers to a problem, for pass@k and maj@k (default: 1)")
+    made.add_argument("--temperature", type=not_negative, help="of answers (default: 0, greedy; of several samples 1)")
+    made.add_argument("--compare", metavar="MODEL", help="another one on the same, with a paired test")
+    made.add_argument("--contamination", nargs="+", metavar="PATH", default=[],
+                      help="training text: is what is named here in it? (MODEL may be left out)")
+    made.add_argument("--out", metavar="FILE", help="the results as .json")
+    made.add_argument("--report", metavar="FILE", help="the results as .html, with bars")
     _computing(made)
 
     made = verb("chat", "MODEL", "Talk to a model; text on standard input is one question.", talks=True)
@@ -183,11 +243,15 @@ def build_parser() -> argparse.ArgumentParser:
     _engines(made)
     _computing(made, draws=False)
 
-    made = verb("convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder of safetensors.")
+    made = verb("convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder, or as FILE.gguf for llama.cpp.")
     made.add_argument("model", metavar="MODEL")
-    made.add_argument("--out", required=True, metavar="FOLDER", help="to write")
-    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", metavar="NAME",
-                      help="float32 (default), bfloat16 or float16")  # fmt: skip
+    made.add_argument("--out", required=True, metavar="FOLDER", help="to write; a name that ends in .gguf: that file")
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"), default="float32",
+                      metavar="NAME", help="float32 (default), bfloat16, float16; of .gguf also q8_0, q4_0")  # fmt: skip
+    made.add_argument("--layers", type=positive, help="resize it to so many, as a start of more training")
+    made.add_argument("--width", type=positive, help="of the residual; heads and feed-forward layers in proportion")
+    made.add_argument("--experts", type=natural, help="routed ones a layer; 0 makes it dense")
+    made.add_argument("--text", nargs="+", metavar="PATH", default=[], help="that shows what a smaller one must keep")
 
     made = verb("quantize", "MODEL --out FOLDER", "Pack a model's matrices into 8 or 4 bits a weight.")
     made.add_argument("model", metavar="MODEL")
@@ -258,6 +322,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "N"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown = super()._format_args(action, default_metavar)
+        return f"{shown.split()[0]}..." if action.nargs == "+" else shown
 
 
 class Parser(argparse.ArgumentParser):

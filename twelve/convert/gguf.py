@@ -75,6 +75,8 @@ class GGUFFile:
         if dimensions > 4:
             raise InputError(f"{cursor.path}: tensor {name!r} claims {dimensions} dimensions, at most 4 are allowed")
         shape = tuple(cursor.scalar("<Q") for _ in range(dimensions))[::-1]  # stored innermost first
+        if 0 in shape:
+            raise InputError(f"{cursor.path} is damaged: tensor {name!r} is {list(shape)}, it has no weights")
         return name, shape, cursor.scalar("<I"), cursor.scalar("<Q")
 
     def _locate(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> TensorInfo:

@@ -1,84 +1,83 @@
-"""What a GGUF file says, in Hugging Face's terms: the config, the names of the tensors, the tokenizer."""
+"""A GGUF file as a model folder: its tensors under a folder's names, in a folder's order of rows."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from twelve.config import ModelConfig
 from twelve.convert.gguf import GGUFFile
+from twelve.convert.gguf_config import ROPE_FACTORS, config_values
+from twelve.convert.gguf_tokenizer import read_tokenizer
 from twelve.convert.huggingface import config_from
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.quantize import Form, Packed, packable
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-SIZES = {
-    "max_position_embeddings": "context_length",
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-}
-SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding"}  # ours: tokenizer.ggml.*_token_id
-CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {  # tokenizer.ggml.pre: how text is cut into words, as regular expressions; None is GPT-2's own
-    "smollm": None,
-    "gpt-2": None,
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), rf"{WORDS}|\p{{N}}|{OTHERS}"),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), rf"{WORDS}|\p{{N}}{{1,3}}|{OTHERS}"),
-}
+IN_LAYER = {  # blk.N.*: model.layers.N.*
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+    "attn_q_a.weight": "self_attn.q_a_proj.weight",
+    "attn_q_a_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attn_q_b.weight": "self_attn.q_b_proj.weight",
+    "attn_kv_a_mqa.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn_kv_a_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attn_kv_b.weight": "self_attn.kv_b_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    **{f"attn_{a}.{kind}": f"self_attn.{b}_proj.{kind}"
+       for a, b in (("q", "q"), ("k", "k"), ("v", "v"), ("output", "o")) for kind in ("weight", "bias")},
+    **{f"ffn_{part}.{kind}": f"mlp.{part}_proj.{kind}"
+       for part in ("gate", "up", "down") for kind in ("weight", "bias")},
+    **{f"ffn_{part}_shexp.weight": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+}  # fmt: skip
+EXPERTS = {f"ffn_{part}_exps.weight": f"{part}_proj.weight" for part in ("gate", "up", "down")}  # mlp.experts.E.*
+KEY_PART, VALUE_PART = "attn_k_b.weight", "attn_v_b.weight"  # of kv_b_proj: [heads, rank, nope], [heads, value, rank]
+JOINED = "self_attn.kv_b_proj.weight"
+KEPT = (JOINED, "mlp.gate.weight")  # never packed
 
 
 class GGUFModel:
     """A `huggingface.Source`: a GGUF file, its tensors named and their rows ordered as in a Hugging Face folder.
 
-    packed: matrices of Q4_0, Q4_1 and Q8_0 keep their numbers, as a packed folder's two tensors.
+    packed: matrices of Q4_0, Q4_1 and Q8_0 keep their numbers, as a packed folder's two tensors; those of experts, and
+    the one that absorbed attention takes apart, become floats.
     """
 
     def __init__(self, path: Path, packed: bool = False) -> None:
         self._file, self.path = GGUFFile(path), path
         file, values = self._file, config_values(self._file)
         self.config = config_from(values)
-        self._names = {_folder_name(name): name for name in file.tensors}
-        self.shapes = {name: file.tensors[stored].shape for name, stored in self._names.items()}
+        self._places: dict[str, tuple[str, int | None]] = {}  # folder's name -> the file's, and which of a stack
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for stored, info in file.tensors.items():
+            for name, shape, index in self._names(stored, info.shape):
+                self._places[name], self.shapes[name] = (stored, index), shape
         embedding = file.tensors.get("token_embd.weight")
-        stored = {"F32": torch.float32, "F16": torch.float16}
-        self.dtype = stored.get(embedding.type.name, torch.bfloat16) if embedding else torch.float32
+        kept = {"F32": torch.float32, "F16": torch.float16}
+        self.dtype = kept.get(embedding.type.name, torch.bfloat16) if embedding else torch.float32
         self._rotated: dict[str, int] = {}  # name of a projection whose rows are reordered -> its heads
         if values["model_type"] == "llama":
             self._rotated = {"q_proj": values["num_attention_heads"], "k_proj": values["num_key_value_heads"]}
         self._forms: dict[str, Form] = {}  # name of a weight that stays packed -> how
         self._last: tuple[str, Packed | None] = "", None
         if packed:
-            types = {name: file.tensors[stored].type for name, stored in self._names.items()}
-            self._forms = {n: t.form for n, t in types.items() if t.form and len(self.shapes[n]) == 2}
+            for name, (stored, index) in self._places.items():
+                form = file.tensors[stored].type.form
+                if form and index is None and len(self.shapes[name]) == 2 and not name.endswith(KEPT):
+                    self._forms[name] = form
         for name, form in self._forms.items():
             empty = Packed.empty(self.shapes[name], form, "meta")
             self.shapes[name], self.shapes[_scales(name)] = tuple(empty.weights.shape), tuple(empty.scales.shape)
@@ -92,11 +91,45 @@ class GGUFModel:
         weight = name.replace("packed_scales", "weight")
         order = self._order(weight)
         if weight not in self._forms:
-            tensor = self._file.tensor(self._names[name])
+            stored, index = self._places[name]
+            if stored.endswith(KEY_PART):
+                return self._join(stored)
+            tensor = self._file.tensor(stored, index)
             return tensor if order is None else tensor[torch.from_numpy(order)]
         if self._last[0] != weight:  # its scales are asked for next
-            self._last = weight, self._file.packed(self._names[weight], order)
+            self._last = weight, self._file.packed(self._places[weight][0], order)
         return self._last[1].weights if name == weight else self._last[1].scales
+
+    def _names(self, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+        """The folder's names of a GGUF tensor, their shapes, and which of a stack each is; a tensor that a folder does
+        not have keeps its name, and is then unexpected."""
+        layer = re.fullmatch(r"blk\.(\d+)\.(.+)", stored)
+        start, rest = (f"model.layers.{layer[1]}", layer[2]) if layer else ("", stored)
+        if layer and rest in EXPERTS and len(shape) == 3 and shape[0] == self.config.n_routed_experts:
+            for expert in range(shape[0]):
+                yield f"{start}.mlp.experts.{expert}.{EXPERTS[rest]}", shape[1:], expert
+        elif layer and rest == KEY_PART and self.config.is_mla:
+            yield f"{start}.{JOINED}", self._joined_shape(stored), None
+        elif layer and rest in IN_LAYER:
+            yield f"{start}.{IN_LAYER[rest]}", shape, None
+        elif stored != ROPE_FACTORS and not (layer and rest == VALUE_PART and self.config.is_mla):
+            yield WHOLE.get(stored, stored), shape, None
+
+    def _joined_shape(self, stored: str) -> tuple[int, int]:
+        """Of the projection whose two parts begin with `stored`. `InputError` when they are not as the config says."""
+        c, tensors = self.config, self._file.tensors
+        heads, rank = c.num_attention_heads, c.kv_lora_rank
+        other = stored.replace(KEY_PART, VALUE_PART)
+        for name, shape in ((stored, (heads, rank, c.qk_nope_head_dim)), (other, (heads, c.v_head_dim, rank))):
+            found = tensors[name].shape if name in tensors else None
+            if found != shape:
+                what = "is missing" if found is None else f"is {list(found)}, the metadata make it {list(shape)}"
+                raise InputError(f"{self.path}: tensor {name!r} {what}")
+        return heads * (c.qk_nope_head_dim + c.v_head_dim), rank
+
+    def _join(self, stored: str) -> Tensor:
+        keys, values = (self._file.tensor(stored.replace(KEY_PART, part)) for part in (KEY_PART, VALUE_PART))
+        return torch.cat((keys.transpose(1, 2), values), dim=1).flatten(0, 1)
 
     def _order(self, name: str) -> np.ndarray | None:
         """The folder's order of the file's rows, where they differ."""
@@ -104,7 +137,7 @@ class GGUFModel:
         if not heads:
             return None
         # llama.cpp rotates adjacent pairs, so its rows of a head are pair by pair; a folder has the halves in turn
-        rows = self._file.tensors[self._names[name]].shape[0]
+        rows = self._file.tensors[self._places[name][0]].shape[0]
         return np.arange(rows).reshape(heads, -1, 2).transpose(0, 2, 1).ravel()
 
     def tokenizer(self) -> Tokenizer:
@@ -115,87 +148,32 @@ def _scales(weight: str) -> str:
     return weight.removesuffix("weight") + "packed_scales"
 
 
-def _folder_name(name: str) -> str:
-    """The folder's name of a GGUF tensor; one that a folder does not have stays as it is, and is then unexpected."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if layer and layer[2] in IN_LAYER:
-        return f"model.layers.{layer[1]}.{IN_LAYER[layer[2]]}.{layer[3]}"
-    return WHOLE.get(name, name)
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+STORED = {folder: stored for stored, folder in (*WHOLE.items(), *IN_LAYER.items())}
 
 
-def config_values(file: GGUFFile) -> dict[str, Any]:
-    """The keys of a `config.json`. `InputError` for another architecture, a missing key, a scaling of the rotations."""
-    data, path = file.metadata, file.path
-    family = data.get("general.architecture")
-    if family not in ARCHITECTURES:
-        raise InputError(f"{path}: unknown architecture {family!r}; supported in GGUF: {', '.join(ARCHITECTURES)}")
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = data.get(f"{family}.{key}", default)
-        if not isinstance(value, int) or value <= 0:
-            raise InputError(f"{path}: {family}.{key} must be a positive integer, not {value!r}")
-        return value
-
-    values: dict[str, Any] = {key: integer(stored) for key, stored in SIZES.items()}
-    heads = values["num_attention_heads"]
-    head_dim = integer("attention.key_length", values["hidden_size"] // heads)
-    if integer("rope.dimension_count", head_dim) != head_dim:
-        raise InputError(f"{path}: rotating only a part of each head ({family}.rope.dimension_count) is not supported")
-    scaling = data.get(f"{family}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
-        raise InputError(f"{path}: scaled rotary positions ({scaling}, rope_freqs) are not supported in GGUF")
-    return {
-        **values,
-        "model_type": family,
-        "num_key_value_heads": integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "vocab_size": integer("vocab_size", len(data.get("tokenizer.ggml.tokens", ()))),
-        "rms_norm_eps": data.get(f"{family}.attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": data.get(f"{family}.rope.freq_base", 10000.0),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        **{f"{key}_token_id": data.get(f"tokenizer.ggml.{stored}_token_id") for key, stored in SPECIALS.items()},
-    }
-
-
-def read_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The byte-level BPE tokenizer inside the file, with its special tokens and chat template.
-
-    `InputError` for another kind of tokenizer, and for a way of cutting words that is not known: it would give token
-    ids that look right and are wrong.
-    """
-    data, path = file.metadata, file.path
-    kind, split = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
-        raise InputError(f"{path}: tokenizer model {kind!r} is not supported, only byte-level BPE ('gpt2')")
-    if split not in SPLITS:
-        raise InputError(f"{path}: pre-tokenizer {split!r} is unknown; known: {', '.join(SPLITS)}")
-    try:
-        tokens, kinds = data["tokenizer.ggml.tokens"], data["tokenizer.ggml.token_type"]
-        merges = [tuple(merge.split(" ", 1)) for merge in data["tokenizer.ggml.merges"]]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
-        # llama.cpp's Llama 3 takes a word that is a token whole, whatever the merges would give
-        bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.startswith("llama"))
-        backend = tokenizers.Tokenizer(bpe)
-        for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-            chosen = [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
-            backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
-        special_ids = {key: data.get(f"tokenizer.ggml.{stored}_token_id") for key, stored in SPECIALS.items()}
-        names = {key: tokens[index] for key, index in special_ids.items() if index is not None}
-        if data.get("tokenizer.ggml.add_bos_token", split.startswith("llama")):
-            first = names["bos"]
-            backend.post_processor = processors.TemplateProcessing([first, "$A"], None, [(first, special_ids["bos"])])
-    except Exception as error:  # tokenizers raises plain Exception for merges that its vocabulary lacks
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: the tokenizer is damaged ({reason})") from error
-    backend.pre_tokenizer = _cutting(split)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer.from_json(backend.to_str(), chat_template=data.get("tokenizer.chat_template"), **names)
-
-
-def _cutting(split: str) -> pre_tokenizers.PreTokenizer:
-    if SPLITS[split] is None:
-        cut = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-        return pre_tokenizers.Sequence([*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
-    words = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def stored_as(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """The GGUF tensors, by name, of which the model's tensor `name` consists; experts are stacks [E, rows, columns]."""
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if not layer:
+        yield STORED[name if name.startswith("lm_head.") else f"model.{name}"], tensor
+        return
+    start, rest = f"blk.{layer[1]}.", layer[2]
+    projection, heads = rest.split(".")[-2], config.num_attention_heads
+    if rest == JOINED:
+        heads_first = tensor.unflatten(0, (heads, -1))
+        keys, values = heads_first.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        yield start + KEY_PART, keys.transpose(1, 2)
+        yield start + VALUE_PART, values
+    elif rest == "mlp.experts.gate_up_proj":
+        gate, up = tensor.chunk(2, dim=1)
+        yield f"{start}ffn_gate_exps.weight", gate
+        yield f"{start}ffn_up_exps.weight", up
+    elif rest == "mlp.experts.down_proj":
+        yield f"{start}ffn_down_exps.weight", tensor
+    elif config.model_type == "llama" and projection in ("q_proj", "k_proj"):  # halves into pairs: `GGUFModel._order`
+        rows = tensor.unflatten(0, (heads if projection == "q_proj" else config.num_key_value_heads, 2, -1))
+        yield start + STORED[rest], rows.transpose(1, 2).flatten(0, 2)
+    else:
+        yield start + STORED[rest], tensor

@@ -17,7 +17,7 @@ METHOD = "twelve"  # quant_method
 
 def check_method(entry: Any) -> None:
     """`InputError`, with the name of the method, for a `quantization_config` of weights that we cannot read."""
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
     if method == fp8.METHOD:
         fp8.block_size(entry)
     elif method != METHOD:

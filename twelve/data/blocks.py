@@ -11,15 +11,19 @@ from typing import BinaryIO
 from twelve.errors import InputError
 
 
+class Damaged(InputError):
+    """A file whose content cannot be unpacked to its end."""
+
+
 def read_blocks(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
     """Blocks of about `size` bytes, decompressed by the file's suffix (.gz, .zst), and how far into the file as it is
-    stored each of them reaches, in bytes. InputError for a file that is damaged or cannot be read."""
+    stored each of them reaches, in bytes. Damaged for a file that is, InputError for one that cannot be read."""
     try:
         with open(path, "rb") as raw:
             for block in _decompressed(raw, path.suffix.lower(), size):
                 yield block, raw.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): fetch it again") from error
+        raise Damaged(f"{path} is damaged or cut short ({error}): fetch it again") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -9,14 +9,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from twelve.data import chat
-from twelve.data.reader import STDIN, Document, Report, find_files, read_documents, save_stdin
+from twelve.data.cleaning import RULES_VERSION, Cleaner, Tally, write_rows
+from twelve.data.reader import PACKED, STDIN, Document, Report, batches, find_files, read_documents, save_stdin
 from twelve.data.shards import FORMAT, KINDS, META, Batch, PackedData, Writer
 from twelve.data.tokenizer import Tokenizer, check_vocab_size
 from twelve.errors import InputError
@@ -24,8 +25,6 @@ from twelve.files import FolderLock, free_bytes, read_json, sha256, write_json
 
 __all__ = ["Batch", "Document", "PackedData", "Report", "find_files", "read_documents", "texts", "tokenize"]
 
-BATCH_BYTES = 2 << 20  # of text tokenised at once (or one document more)
-BATCH_DOCUMENTS = 4096
 SHARD_TOKENS = 1 << 28
 
 
@@ -35,15 +34,17 @@ def tokenize(
     tokenizer: Tokenizer | str | Path | None = None,
     vocab_size: int | None = None,
     *,
+    filter: bool = False,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Write the documents of `paths` and their tokenizer into the folder `out`; what there is to say of them.
 
     The tokenizer is the one given (or that of a folder), else one of `vocab_size` entries (None: by the size of the
-    corpus) trained on these texts. `PackedData(out)` and `Tokenizer.load(out)` read what is written.
+    corpus) trained on these texts. `filter` first drops what `twelve.data.quality` finds wrong, by way of a temporary
+    copy of the rest in `out`. `PackedData(out)` and `Tokenizer.load(out)` read what is written.
 
-    Streams: memory holds a few batches of BATCH_BYTES, and a tokenizer's sample. The folder is valid only once
+    Streams: memory holds a few batches of documents, and a tokenizer's sample. The folder is valid only once
     meta.json is there, which comes last; a run that was stopped leaves nothing that `PackedData` opens. What is there
     already is used again if it was made from the same files in the same way.
 
@@ -64,14 +65,16 @@ def tokenize(
             "format": FORMAT,
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
             "vocab_size": (vocab_size or _vocab_size_for(paths)) if tokenizer is None else None,
+            "filter": RULES_VERSION if filter else None,
             "sources": [_source(path) for path in find_files(paths).train],
         }
         data = _made_before(out, request)
         if data is None:
             _clear(out)
             try:
-                tokenizer = tokenizer or _trained(paths, request["vocab_size"], progress)
-                meta = _write(paths, tokenizer, out, progress, shard_tokens)
+                with _filtered(paths, out, progress) if filter else nullcontext((paths, {})) as (texts_from, told):
+                    tokenizer = tokenizer or _trained(texts_from, request["vocab_size"], progress)
+                    meta = _write(texts_from, tokenizer, out, progress, shard_tokens) | told
                 for source in request["sources"]:
                     source["sha256"] = sha256(source["path"])
                 tokenizer.save(out)
@@ -89,7 +92,8 @@ def tokenize(
         "tokens": data.tokens,
         "bytes": data.bytes,
         "bytes_per_token": data.bytes / data.tokens,
-        **{count: data.meta[count] for count in ("empty", "unanswered", "bad_bytes", "held_out")},
+        **{count: data.meta[count] for count in ("empty", "unanswered", "bad_bytes", "held_out", "damaged", "dropped")
+           if count in data.meta},
         "seconds": time.monotonic() - started,
         "next": f"twelve pretrain {out}",
     }
@@ -99,6 +103,8 @@ def _tell(meta: dict[str, Any]) -> None:
     """What was left out, on standard error."""
     if meta["held_out"]:
         print(f"held out for validation: {', '.join(meta['held_out'])}", file=sys.stderr)
+    if meta["damaged"]:
+        print(f"skipped {len(meta['damaged'])} damaged files: {', '.join(meta['damaged'])}", file=sys.stderr)
     if meta["bad_bytes"]:
         print(f"skipped {meta['bad_bytes']:,} bytes that are no UTF-8", file=sys.stderr)
     if meta["unanswered"]:
@@ -117,7 +123,7 @@ def _trained(paths: Sequence[str | Path], vocab_size: int, progress: bool) -> To
 
 def _vocab_size_for(paths: Sequence[str | Path]) -> int:
     """By the bytes of text, compressed ones counted threefold: every entry is to be seen often enough to be learnt."""
-    size = sum(path.stat().st_size * (3 if path.suffix in (".gz", ".zst") else 1) for path in find_files(paths).train)
+    size = sum(path.stat().st_size * (3 if path.suffix in PACKED else 1) for path in find_files(paths).train)
     return 4096 if size < 8e6 else 8192 if size < 1e9 else 16384 if size < 1e10 else 32768
 
 
@@ -146,6 +152,33 @@ def _stdin_as_file(paths: Sequence[str | Path], out: Path) -> Iterator[list[str 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def _filtered(
+    paths: Sequence[str | Path], out: Path, progress: bool
+) -> Iterator[tuple[list[str | Path], dict[str, Any]]]:
+    """A copy of what is worth keeping of `paths`, which lasts as long as the block, and what there is to say of it."""
+    folder = out / ".filtered"
+    report, tally = Report(), Tally()
+    try:
+        with write_rows(folder / "text.jsonl") as write, _Bar(report, progress, "filter") as bar:
+            size = 0
+            for verdict in Cleaner().verdicts(read_documents(paths, report), folder=folder):
+                tally.add(verdict)
+                size += len(verdict.text)
+                bar.show(size)
+                if not verdict.reason:
+                    write(verdict.document)
+        if not tally.kept:
+            raise InputError(f"the filter leaves nothing: {'; '.join(tally.lines())}")
+        if progress:
+            print("\n".join(tally.lines()), file=sys.stderr)
+        told = {name: getattr(report, name) for name in ("held_out", "damaged", "bad_bytes")}
+        told["dropped"] = {reason: count for reason, (count, _) in tally.dropped.items()}
+        yield [folder / "text.jsonl"], told
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _source(path: Path) -> dict[str, Any]:
     status = path.stat()
     return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -155,7 +188,7 @@ def _made_before(out: Path, request: dict[str, Any]) -> PackedData | None:
     """The shards in `out`, if they are whole and are what this request would make."""
     try:
         made = read_json(out / META)["request"]
-        same = all(made[key] == request[key] for key in ("format", "tokenizer", "vocab_size"))
+        same = all(made.get(key) == request[key] for key in ("format", "tokenizer", "vocab_size", "filter"))
         pairs = zip(made["sources"], request["sources"], strict=True)
         if same and all(_is_same(old, new) for old, new in pairs):
             Tokenizer.load(out)
@@ -199,7 +232,7 @@ def _write(
         text, talk = (stack.enter_context(Writer(out, kind, dtype, shard_tokens, digest)) for kind in KINDS)
         bar = stack.enter_context(_Bar(report, progress))
         start = tokenizer.start_ids  # before a document, not before its later pieces
-        for batch in _batches(read_documents(paths, report)):
+        for batch in batches(read_documents(paths, report)):
             pieces = [document for document in batch if document.text is not None]
             for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces], control=False), strict=True):
                 text.add([*start, *ids, *([] if piece.more else end)], len(piece.text.encode()))
@@ -225,21 +258,9 @@ def _write(
         "unanswered": unanswered,
         "bad_bytes": report.bad_bytes,
         "held_out": report.held_out,
+        "damaged": report.damaged,
         "sha256": digest.hexdigest(),
     }
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        # characters count as 2 bytes, and a conversation as 1 KiB: this only bounds memory
-        size += 1024 if document.text is None else 2 * len(document.text)
-        if size >= BATCH_BYTES or len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int], int]]:
@@ -268,10 +289,10 @@ def _conversations(documents: list[Document], tokenizer: Tokenizer) -> Iterator[
 class _Bar:
     """Context manager: a progress bar over the files' bytes, with the speed in text and the time left."""
 
-    def __init__(self, report: Report, progress: bool):
+    def __init__(self, report: Report, progress: bool, label: str = "tokenize"):
         self.report, self.started = report, time.monotonic()
         self.bar = tqdm(
-            desc="tokenize", unit="B", unit_scale=True, disable=not progress,
+            desc=label, unit="B", unit_scale=True, disable=not progress,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
 

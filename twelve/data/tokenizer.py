@@ -130,11 +130,15 @@ class Tokenizer:
             config=config,
         )
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json."""
+        return self._backend.to_str(pretty=True)
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
         folder = Path(folder)
         with atomic_write(folder / "tokenizer.json") as temporary:
-            temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            temporary.write_text(self.to_json(), encoding="utf-8")
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | self.config
         config |= {key: name for key, name in self._names.items() if name}
         if self.chat_template is not None:

@@ -73,6 +73,12 @@ class Accuracy:
             "agreement": share([agreement(votes) for votes in self.votes]),
         }
 
+    def __str__(self) -> str:
+        several = ", ".join(f"{name} {measure}" for name, measure in self.measures.items())
+        asked = f"{self.asked} problems" + (several and f" x {self.repeats} answers")
+        told = f"{share(self.solved)} ({asked}, {self.cut_short} answers cut short)"
+        return told + (several and f"\n  {several}")
+
     def to_dict(self) -> dict[str, Any]:
         kept = {name: value for name, value in asdict(self).items() if name not in ("scores", "votes")}
         measures = {name: asdict(measure) for name, measure in self.measures.items()}

@@ -1,77 +1,193 @@
-"""Measure one model on text, facts and tasks, a line for each measure as it comes."""
+"""Measure a model on text, choices, facts and tasks, a line for each measure as it comes; or two, and compare them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twelve import tasks as known_tasks
 from twelve.convert import load
+from twelve.data.reader import find_files
 from twelve.engine import Engine
 from twelve.errors import InputError
-from twelve.evaluate.accuracy import task_accuracy
-from twelve.evaluate.bits import bits_per_byte
+from twelve.evaluate.accuracy import Accuracy, task_accuracy
+from twelve.evaluate.bits import BitsPerByte, bits_per_byte
+from twelve.evaluate.choices import ChoiceAccuracy, choice_accuracy
+from twelve.evaluate.compare import differences
+from twelve.evaluate.contaminated import overlaps
 from twelve.evaluate.facts import CHOICES, Fact, as_told, recall
 from twelve.evaluate.facts import facts as invented
 from twelve.evaluate.facts import without_memory as no_memory
+from twelve.evaluate.items import Item, read_items
+from twelve.evaluate.page import write_page
+from twelve.evaluate.statistics import Share
+from twelve.files import write_json
+from twelve.tasks import LANGUAGES
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
+TEMPERATURE = 1.0  # of several samples, where none is given
+
+Measure = BitsPerByte | ChoiceAccuracy | Accuracy
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a model is measured on, and how."""
+
+    texts: Sequence[str | Path]
+    choices: dict[str, list[Item]]  # by file
+    tasks: Sequence[str]
+    languages: Sequence[str]
+    levels: Sequence[int]
+    problems: int  # of a task, language and level
+    limit: int | None
+    context: int | None
+    samples: int
+    temperature: float
+    seed: int
+    device: str | None
+    facts: int | None
+    without_memory: bool
 
 
 def evaluate(
-    model: str | Path, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (),
-    languages: Sequence[str] = ("en", "ko"), levels: Sequence[int] = (1,), problems: int = 100,
-    limit: int | None = None, context: int | None = None, temperature: float = 0.0, seed: int = 0,
-    device: str | None = None, facts: int | None = None, without_memory: bool = False,
+    model: str | Path | None, texts: Sequence[str | Path] = (), tasks: Sequence[str] = (),
+    choices: Sequence[str | Path] = (), languages: Sequence[str] = LANGUAGES, levels: Sequence[int] = (1,),
+    problems: int = 100, limit: int | None = None, context: int | None = None, samples: int = 1,
+    temperature: float | None = None, seed: int = 0, device: str | None = None, facts: int | None = None,
+    without_memory: bool = False, compare: str | Path | None = None, contamination: Sequence[str | Path] = (),
+    out: str | Path | None = None, report: str | Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Bits per byte of each of `texts`, recall of so many `facts` in each language, and accuracy on every task x
-    language x level, with standard errors.
+    """Bits per byte of each of `texts`, accuracy on the items of `choices`, recall of so many `facts` in each language,
+    and accuracy on every task x language x level, with standard errors.
 
     `tasks` may be ("all",). Facts are those of the seed (`twelve.evaluate.facts`). without_memory: all of it with an
-    Engram table of zeros. InputError when nothing was named, before the model is read.
+    Engram table of zeros. samples: answers to a problem, drawn at `temperature` (default: 1; a single one is greedy).
+    compare: another model, measured on the same. contamination: training files in which the evaluation files are looked
+    for; that alone needs no model. out: a .json file, report: an .html file, for what is returned.
+
+    InputError before a model is read for what is not there, and for choices that cannot be read.
     """
-    if not texts and not tasks and not facts:
-        raise InputError("nothing to measure: name --text PATH, --task NAME (or --task all), or --facts")
     names = known_tasks.names() if "all" in tasks else list(tasks)
+    if not (texts or names or choices or facts):
+        raise InputError("nothing to measure: name --text PATH, --choices FILE, --task NAME (or all), or --facts")
+    if temperature is None:
+        temperature = TEMPERATURE if samples > 1 else 0.0
+    if samples > 1 and not temperature:
+        raise InputError(f"{samples} samples at temperature 0 are all the same: leave --temperature out, or raise it")
+    for path in (out, report):
+        if path is not None and Path(path).is_dir():
+            raise InputError(f"{path} is a folder: name a file in it")
     for name in names:
         known_tasks.get(name)
-    network, tokenizer = load(model, device=device)
-    if tokenizer is None:
-        raise InputError(f"{model} has no tokenizer")
-    result: dict[str, Any] = {"model": str(model), "seed": seed, "text": [], "facts": [], "tasks": []}
-    with no_memory(network) if without_memory else nullcontext():
-        for path in texts:
-            bits = bits_per_byte(network, tokenizer, path, context=context, limit=limit)
-            result["text"].append({"path": str(path), **bits.to_dict()})
-            print(f"{path}: {bits.bits_per_byte:.4f} ± {bits.standard_error:.4f} bits a byte "
-                  f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
-        if facts:
-            result["facts"] = _recall(network, tokenizer, invented(seed, facts, languages))
-        engine = Engine(network, tokenizer)
-        for name in names:
-            task = known_tasks.get(name)
-            spoken, most = getattr(task, "LANGUAGES", languages), getattr(task, "MAX_TOKENS", MAX_TOKENS)
-            for language in [code for code in languages if code in spoken] or languages:
-                for level in levels:
-                    found = task_accuracy(engine, tokenizer, name, language, level, problems, seed, temperature, most)
-                    result["tasks"].append(found.to_dict())
-                    print(f"{name} {language} level {level}: {found.accuracy:.1%} ± {found.standard_error:.1%} "
-                          f"({found.asked} problems, {found.cut_short} answers cut short)")  # fmt: skip
-    result["next"] = f"twelve chat {model}"
+    find_files(texts)
+    wanted = Wanted(texts, {str(path): _items(path, languages, limit) for path in choices}, names, languages, levels,
+                    problems, limit, context, samples, temperature, seed, device, facts, without_memory)  # fmt: skip
+    result: dict[str, Any] = {"model": model and str(model), "seed": seed, "temperature": temperature}
+    if contamination:
+        result |= _overlaps(contamination, wanted)
+    if model is not None:
+        if compare is not None:
+            print(model)
+        measured = measure(model, wanted)
+        result |= _as_dict(measured)
+        if compare is not None:
+            print(compare)
+            other = measure(compare, wanted)
+            result |= {"against": {"model": str(compare), **_as_dict(other)}, "comparisons": _compared(measured, other)}
+        result["next"] = f"twelve chat {model}"
+    if report is not None:
+        write_page(report, result)
+    if out is not None:
+        write_json(out, result)
     return result
 
 
-def _recall(network, tokenizer, known: list[Fact]) -> list[dict[str, Any]]:
+def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure | dict[str, Any]]]:
+    """Every measure with its name, in an order that depends on `wanted` alone."""
+    network, tokenizer = load(model, device=wanted.device)
+    if tokenizer is None:
+        raise InputError(f"{model} has no tokenizer")
+    found: list[tuple[str, Measure | dict[str, Any]]] = []
+    with no_memory(network) if wanted.without_memory else nullcontext():
+        for path in wanted.texts:
+            bits = bits_per_byte(network, tokenizer, path, context=wanted.context, limit=wanted.limit)
+            found.append((str(path), bits))
+            print(f"{path}: {bits.bits_per_byte:.4f} ± {bits.standard_error:.4f} bits a byte "
+                  f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
+        for path, items in wanted.choices.items():
+            for chosen in choice_accuracy(network, tokenizer, path, items):
+                found.append((f"{path} {chosen.language}", chosen))
+                print(f"{path} {chosen.language}: {chosen}")
+        if wanted.facts:
+            found += _recall(network, tokenizer, invented(wanted.seed, wanted.facts, wanted.languages))
+        engine = Engine(network, tokenizer)
+        for name in wanted.tasks:
+            task = known_tasks.get(name)
+            spoken, most = getattr(task, "LANGUAGES", wanted.languages), getattr(task, "MAX_TOKENS", MAX_TOKENS)
+            for language in [code for code in wanted.languages if code in spoken] or wanted.languages:
+                for level in wanted.levels:
+                    solved = task_accuracy(engine, tokenizer, name, language, level, wanted.problems, wanted.seed,
+                                           wanted.temperature, most, wanted.samples)  # fmt: skip
+                    found.append((f"{name} {language} level {level}", solved))
+                    print(f"{name} {language} level {level}: {solved}")
+    return found
+
+
+def _items(path: str | Path, languages: Sequence[str], limit: int | None) -> list[Item]:
+    """Those of a file that are in one of the languages, or in one that is not ours."""
+    items = [item for item in read_items(path) if item.language in languages or item.language not in LANGUAGES]
+    if not items:
+        raise InputError(f"{path} has no rows in {' or '.join(languages)}")
+    return items[:limit]
+
+
+def _recall(network, tokenizer, known: list[Fact]) -> list[tuple[str, dict[str, Any]]]:
     """Of facts asked in a new wording, and in one that they are told in."""
     rows = []
     for wording, asked in (("new", known), ("known", as_told(known))):
         for found in recall(network, tokenizer, asked):
-            rows.append({"wording": wording, **found.to_dict()})
-            chosen, written = (
-                f"{rows[-1][f'{how}_share']:.1%} ± {rows[-1][f'{how}_error']:.1%}" for how in ("chosen", "written")
-            )
-            print(f"facts {found.language}, {wording} wording: {chosen} chosen among {CHOICES}, {written} written "
-                  f"({found.asked} facts)")  # fmt: skip
+            name, row = f"facts {found.language}, {wording} wording", {"wording": wording, **found.to_dict()}
+            rows.append((name, row))
+            chosen, written = (Share(row[f"{how}_share"], row[f"{how}_error"]) for how in ("chosen", "written"))
+            print(f"{name}: {chosen} chosen among {CHOICES}, {written} written ({found.asked} facts)")
     return rows
+
+
+def _as_dict(measured: Sequence[tuple[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The measures of each kind, as JSON has them."""
+    found: dict[str, list[dict[str, Any]]] = {"text": [], "choices": [], "facts": [], "tasks": []}
+    for name, one in measured:
+        if isinstance(one, BitsPerByte):
+            found["text"].append({"path": name, **one.to_dict()})
+        elif isinstance(one, dict):
+            found["facts"].append(one)
+        else:
+            found["tasks" if isinstance(one, Accuracy) else "choices"].append(one.to_dict())
+    return found
+
+
+def _compared(first: Sequence[tuple[str, Any]], second: Sequence[tuple[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for (name, one), (_, other) in zip(first, second, strict=True):
+        for difference in differences(name, one, other):
+            rows.append(difference.to_dict())
+            print(difference)
+    return rows
+
+
+def _overlaps(train: Sequence[str | Path], wanted: Wanted) -> dict[str, Any]:
+    """Of the evaluation files; tasks that draw their problems have none, and keep what they test out of training."""
+    tasks = [name.partition("#")[0] for name in wanted.tasks]
+    files = [*wanted.texts, *wanted.choices, *(path for path in tasks if path.endswith(".jsonl"))]
+    if not files:
+        raise InputError("--contamination looks for evaluation files: name some with --text, --choices or --task")
+    found, short = overlaps(train, files)
+    for one in found:
+        print(one)
+    if short:
+        print(f"{short:,} of all items are too short to be looked for")
+    return {"contamination": [one.to_dict() for one in found], "contamination_short": short}

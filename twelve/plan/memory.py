@@ -1,4 +1,4 @@
-"""What a run holds in memory, by formula: a table of Engram; training at its peak; the phases of reinforcement learning.
+"""What a run holds in memory, by formula: an Engram table; training at its peak; the phases of reinforcement learning.
 
 All is in float32 on a CPU. The formulas count what autograd keeps and what optimisers hold; the constants were set by
 comparing the sum with the most that short runs held (bench/plan_check.py does it again).
@@ -16,7 +16,9 @@ from twelve.plan import cost
 STATE_BYTES = 4  # of the optimiser, a row
 JOURNAL_BYTES = 8  # a row that a step changes: its number; its bytes and its state come on top
 FLOAT = 4
-RUNTIME = 320 << 20  # Python, torch, tokenizers and their threads, before there is a model
+RUNTIME = 330 << 20  # Python, torch, tokenizers and their threads, before there is a model
+ROUTING = 30 << 20  # what the libraries load and keep when experts are used
+ROOM = 1.05  # of activations, for what lies between their pieces
 COMPILER = 500 << 20  # what torch.compile keeps, besides
 LOGIT_ROWS, QUERY_BLOCK = 512, 128  # of a chunk of logits (model/layers.py) and of scores (model/fast.py)
 PAGE = 64  # tokens of a page of keys and values
@@ -94,31 +96,29 @@ def training(
 ) -> dict[str, int]:
     """Bytes by component at the fullest moment of training with micro-batches of `rows` x `context` tokens.
 
-    That is either the turn from the forward to the backward pass, when all activations are there, or the optimiser's
-    step, when all gradients are. data_tokens: of the corpus, whose file is mapped. A table counts as if all of it were
-    read, which the kernel takes back where there is no room.
+    Activations are gone when the optimiser steps, but its copies were not seen to find their room, nor gradients: all
+    count. data_tokens: of the corpus, whose file is mapped. A table counts as if all of it were read, which the kernel
+    takes back where there is no room.
     """
     tokens = rows * context
     counts = cost.parameters(config, mtp=True)
     trained = counts.total - counts.table
     matrices = sum(count * r * c for (r, c), count in cost.matrices(config).items()) if muon else 0
-    fixed = {
-        "python and torch": RUNTIME + (COMPILER if compiled else 0),
+    routing = ROUTING if config.n_routed_experts else 0
+    streams = FLOAT * tokens * _of_streams(config)
+    parts = {
+        "python and torch": RUNTIME + routing + (COMPILER if compiled else 0),
         "data": 2 * data_tokens,
         "weights": FLOAT * trained,
         "optimiser": FLOAT * (matrices + 2 * (trained - matrices)),
         "table": TablePlan(config, cost.table_rows(config)).table_bytes if config.engram_layer_ids else 0,
-    }
-    streams = FLOAT * tokens * _of_streams(config)
-    passes = {
-        "activations": FLOAT * tokens * kept(config) - streams,
-        "streams": streams,
+        "activations": int(ROOM * (FLOAT * tokens * kept(config) - streams)),
+        "streams": int(ROOM * streams),
         "logits and scores": FLOAT * (3 * LOGIT_ROWS * config.vocab_size + _scores(config, rows, context)),
-        "gradients": FLOAT * 2 * config.vocab_size * config.hidden_size,
+        "gradients": FLOAT * (trained + 2 * config.vocab_size * config.hidden_size),  # the head's are made twice more
+        "orthogonalising": FLOAT * _orthogonalising(config) if muon else 0,
     }
-    step = {"gradients": FLOAT * trained, "orthogonalising": FLOAT * _orthogonalising(config) if muon else 0}
-    fullest = max(passes, step, key=lambda moment: sum(moment.values()))
-    return {name: size for name, size in (fixed | fullest).items() if size}
+    return {name: size for name, size in parts.items() if size}
 
 
 def kept(config: ModelConfig) -> int:
@@ -143,14 +143,20 @@ def _feed_forward(c: ModelConfig, index: int) -> int:
     if not c.is_moe_layer(index):
         return 3 * c.hidden_size + 4 * c.intermediate_size
     chosen, inner = c.num_experts_per_tok, c.moe_intermediate_size
-    return 3 * c.hidden_size + inner * (2 * chosen + 4 * (c.n_shared_experts or 0)) + 4 * c.n_routed_experts + 8 * chosen
+    routing = 4 * c.n_routed_experts + 8 * chosen
+    return 3 * c.hidden_size + routing + inner * (2 * chosen + 4 * (c.n_shared_experts or 0))
 
 
 def _of_streams(c: ModelConfig) -> int:
     """Of all hyper-connections and the head's."""
     n, width = c.hc_mult, c.hidden_size
     layers = c.num_hidden_layers + c.num_nextn_predict_layers
-    return 2 * layers * ((n + 2) * width + 3 * (2 + n) * n) + 6 * n * width if n > 1 else 0
+    if n == 1:
+        return 0
+    each = (n + 1) * width + (2 + n) * n + 8
+    if n not in (2, 4):  # the plain twin keeps every step of Sinkhorn-Knopp
+        each += n * width + 2 * c.hc_sinkhorn_iters * (n + 1) * n
+    return 2 * layers * each + 2 * n * width
 
 
 def _of_lookup(c: ModelConfig) -> int:
@@ -168,7 +174,7 @@ def _orthogonalising(config: ModelConfig) -> int:
     """Numbers of the copies in which Muon multiplies: all matrices' updates, and the largest batch of one shape."""
     found = cost.matrices(config)
     each = [count * rows * columns for (rows, columns), count in found.items()]
-    return sum(each) + 4 * max(each, default=0)
+    return sum(each) + 6 * max(each, default=0)
 
 
 # --- reinforcement learning -------------------------------------------------------------------------------------------

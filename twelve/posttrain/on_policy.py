@@ -176,7 +176,7 @@ def _weights(named: Sequence[str], weights: Sequence[float] | None) -> list[floa
 
 def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
     asked = plan.options
-    names, levels, languages = ({value: None for value in column} for column in zip(*asked["cells"], strict=True))
+    names, levels, languages = (dict.fromkeys(column) for column in zip(*asked["cells"], strict=True))
     teachers = [
         f"teachers of {'every other task' if task == 'None' else task}: {', '.join(f'`{name}`' for name in named)}"
         for task, named in asked["teachers"].items()

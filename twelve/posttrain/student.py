@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,42 +9,28 @@ import torch
 from twelve import convert
 from twelve.config import ModelConfig, small_v3
 from twelve.convert.card import render
+from twelve.convert.resize import spread, with_layers
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.model import Transformer
 from twelve.quantize import dequantize
-
-LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
 def kept_layers(depth: int, layers: int) -> list[int]:
     """The first and the last of `depth` layers, and the rest spread evenly between them; one alone is the first."""
     if not 1 <= layers <= depth:
         raise InputError(f"--layers {layers}: the teacher has {depth} layers to cut from; ask for 1 to {depth}")
-    return [round(index * (depth - 1) / max(1, layers - 1)) for index in range(layers)]
+    return spread(depth, layers)
 
 
 def cut(teacher: Transformer, layers: int) -> tuple[Transformer, list[int]]:
     """A model of float weights made of `layers` of the teacher's, and which these are. Embedding, final norm, head and
     MTP modules are the teacher's own. InputError where the teacher has fewer layers, or a memory."""
-    config = teacher.config
-    if config.engram_layer_ids:
+    if teacher.config.engram_layer_ids:
         raise InputError("a model with a memory (Engram) cannot be cut: its rows belong to its layers; ask for --width")
-    kept = kept_layers(config.num_hidden_layers, layers)
-    dense = config.first_k_dense_replace
-    first_dense = sum(index < dense for index in kept) + max(0, dense - config.num_hidden_layers)  # MTP counts on
+    kept = kept_layers(teacher.config.num_hidden_layers, layers)
     dequantize(teacher)
-    state = {}
-    for name, tensor in teacher.state_dict().items():
-        found = LAYER.match(name)
-        if found is None:
-            state[name] = tensor
-        elif int(found[1]) in kept:
-            state[f"layers.{kept.index(int(found[1]))}.{name[found.end():]}"] = tensor
-    with torch.device("meta"):
-        student = Transformer(replace(config, num_hidden_layers=layers, first_k_dense_replace=first_dense))
-    student.load_state_dict(state, assign=True)
-    return student.eval(), kept
+    return with_layers(teacher, kept), kept
 
 
 def fresh(

@@ -40,6 +40,7 @@ class Plan:
     # for the speed that was really seen; a resume replays them.
     revisions: list[tuple[int, int]] = field(default_factory=list)
     most_steps: int | None = None  # more would read the data too often
+    outlook: dict[str, Any] = field(default_factory=dict)  # what was expected, where a plan chose the sizes
     complete: bool = False
 
     def steps(self, step: int) -> int:

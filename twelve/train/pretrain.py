@@ -7,95 +7,154 @@ from typing import Any
 
 import torch
 
+from twelve import convert
 from twelve.config import ModelConfig, small_v3
 from twelve.data.corpus import tokenize
 from twelve.data.shards import META, PackedData
 from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
 from twelve.model import Transformer
-from twelve.model.transformer import has_compiler
+from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
+from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
-from twelve.train.run import Prepared, run
+from twelve.train.run import Prepared, run, spoken
+
+# of what neither the user nor a plan chose
+DEFAULTS = {
+    "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
+}  # fmt: skip
 
 
 def pretrain(
     paths: list[str], out: str | Path, *, minutes: float | None = None, steps: int | None = None, seed: int = 0,
-    tokenizer: str | None = None, vocab_size: int | None = None, width: int = 256, layers: int = 4, experts: int = 8,
-    experts_per_token: int = 2, mtp: int = 0, context: int = 512, batch: int = 8, learning_rate: float = 4e-3,
+    tokenizer: str | None = None, vocab_size: int | None = None, width: int | None = None, layers: int | None = None,
+    experts: int | None = None, experts_per_token: int | None = None, mtp: int = 0, context: int | None = None,
+    batch: int | None = None, learning_rate: float | None = None, memory: int | None = None,
     muon: bool = True, compile: bool | None = None, device: str | None = None, switches: dict[str, Any] | None = None,
-    started: float | None = None, quiet: bool = False,
+    start: str | Path | None = None, filter: bool = False, started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a V3-shape model on documents and save it as a folder; the same call again resumes.
 
     `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context`
     tokens. `switches` are more keys of the config, of hyper-connections (hc_) and memory (engram_). One of `minutes`
     (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes if none
-    does. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
+    does. Where minutes are given and none of the model's sizes, a plan chooses what is not given (`outlook.expect`);
+    else DEFAULTS do. `memory`: bytes that the process is to stay below, by smaller micro-batches and models. `start`: a
+    model whose weights, sizes and tokenizer the run begins with. `filter`: drop bad text first. Returns the figures of
+    the run. Raises InputError for bad input and Interrupted on Ctrl-C.
     """
     if minutes is None and steps is None:
         minutes = 10.0
+    planned = steps is None and start is None and width is layers is experts is experts_per_token is None
     options = {
         "paths": [str(path) for path in paths], "minutes": minutes, "steps": steps, "seed": seed,
         "tokenizer": tokenizer, "vocab_size": vocab_size, "width": width, "layers": layers, "experts": experts,
         "experts_per_token": experts_per_token, "mtp": mtp, "context": context, "batch": batch,
         "learning_rate": learning_rate, "muon": muon, "compile": compile, "device": device, "switches": switches,
+        "memory": memory, "start": start and str(start), "filter": filter or None,
     }  # fmt: skip
+    if start is not None:
+        _check_start(options, out)
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
-        shards = _shards(paths, folder, tokenizer, vocab_size, quiet)
-        data, words = PackedData(shards), Tokenizer.load(shards)
-        if plan is None:
-            shape = (words.vocab_size, width, layers, experts, experts_per_token, context, mtp)
-            config = small_v3(*shape, **(switches or {}))
-            config.bos_token_id = words.bos_id
-            config.eos_token_id = words.eos_id
-            config.pad_token_id = words.pad_id
-            plan = Plan(
-                stage="pretrain", options=options, config=config.to_dict(), data=describe(data), context=context,
-                batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed,
-                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
-                compile=_should_compile(target, minutes) if compile is None else compile,
+        chosen = plan.outlook if plan is not None else {}
+        if plan is None and planned and can_plan(target):
+            outlook = expect(
+                paths, minutes, memory=memory, device=device, tokenizer=tokenizer, vocab_size=vocab_size,
+                context=context, batch=batch, learning_rate=learning_rate, mtp=mtp, switches=switches, compile=compile,
             )  # fmt: skip
+            print(*(f"{name:<9} {told}" for name, told in outlook.lines().items()), sep="\n", flush=True)
+            chosen = outlook.to_dict()
+        known = tokenizer if start is None else convert.load_tokenizer(start)
+        shards = _shards(paths, folder, known, chosen.get("vocab_size", vocab_size), filter, quiet)
+        data, words = PackedData(shards), Tokenizer.load(shards)
+        if start is not None and words.fingerprint != known.fingerprint:
+            raise InputError(f"{shards} was made with another tokenizer than {start} has: name the text itself")
+        if plan is None:
+            sizes = {name: _first(options[name], chosen.get(name), default) for name, default in DEFAULTS.items()}
+            rows, length = sizes["batch"], sizes["context"]
+            shape = (sizes[name] for name in ("width", "layers", "experts", "experts_per_token", "context"))
+            micro = chosen.get("micro_batch")
+            if start is None:
+                config = small_v3(words.vocab_size, *shape, mtp, **(switches or {}))
+                config.bos_token_id = words.bos_id
+                config.eos_token_id = words.eos_id
+                config.pad_token_id = words.pad_id
+            else:
+                config = convert.load_config(start)
+                length = min(length, config.max_position_embeddings)
+            plan = Plan(
+                stage="pretrain", options=options, config=config.to_dict(), data=describe(data), context=length,
+                batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
+                micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
+                threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
+                compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
+            )  # fmt: skip
+            if chosen:
+                plan.most_steps = max(1, EPOCHS * data.tokens // (rows * length))
         plan.check_data(data, folder)
         config = ModelConfig(**plan.config)
 
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
+        def about(figures: dict[str, Any]) -> dict[str, Any]:
+            return _about(plan, figures) | {"languages": spoken(batches, words)}
+
         def make_trainer() -> Supervised:
+            if start is not None:
+                return Supervised(convert.load(start, target, torch.float32)[0], batches, plan, folder)
             model = Transformer(config)
             if model.memory is not None:
                 model.memory.use_tokenizer(words)
                 own_table(model, folder)
             return Supervised(model.init_weights(seed).to(target), batches, plan, folder)
 
-        epoch_steps = max(1, data.windows(context) // batch)
+        epoch_steps = max(1, data.windows(plan.context) // plan.batch_size)
         chats = data.conversations > 0
-        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), chats, epoch_steps)
+        return Prepared(plan, make_trainer, words, about, chats, epoch_steps)
 
     return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
 
 
-def _should_compile(device: torch.device, minutes: float | None) -> bool:
-    """Whether compiling pays: it takes up to a minute, and saves about a tenth of every step on a CPU."""
-    return device.type == "cuda" or (device.type == "cpu" and (minutes or 0) >= 20 and has_compiler())
+def _check_start(options: dict[str, Any], out: str | Path) -> None:
+    """InputError for what does not go with a model to start from."""
+    start = options["start"]
+    convert.require_floats(start)
+    if convert.resolve(start).resolve() == Path(out).resolve():
+        raise InputError(f"{out} is the model to start from: name another folder with --out")
+    sizes = ("tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp", "switches")
+    if given := [name for name in sizes if options[name] or (options[name] == 0 and name != "mtp")]:
+        raise InputError(f"--from {start} brings its own sizes and tokenizer: leave out {given[0].replace('_', ' ')}")
 
 
-def _shards(paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None, quiet: bool) -> Path:
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _shards(
+    paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None, filter: bool, quiet: bool
+) -> Path:
     """The folder with the token shards of `paths` and their tokenizer, made if need be."""
     if len(paths) == 1 and (Path(paths[0]) / META).exists():
+        if filter:
+            raise InputError(f"{paths[0]} holds tokens: filter the text they are made of (twelve tokenize --filter)")
         return Path(paths[0])
     shards = folder / "training" / "data"
-    tokenize(paths, shards, tokenizer, vocab_size, progress=not quiet)
+    tokenize(paths, shards, tokenizer, vocab_size, filter=filter, progress=not quiet)
     return shards
 
 
 def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+    start = plan.options.get("start")
+    made = f"Pretrained on text, from the weights of `{start}` on." if start else ""
     return {
-        "made": "A small language model in DeepSeek-V3's shape, pretrained on text.",
+        "made": made or "A small language model in DeepSeek-V3's shape, pretrained on text.",
+        "parents": [start] if start else [],
         "measured": {
             "tokens seen": f"{figures['tokens']:,} of {plan.data['tokens']:,} in the data",
             "training loss": f"{figures['loss']} nats a token",

@@ -16,6 +16,8 @@ from twelve import report
 from twelve.config import ModelConfig
 from twelve.convert import save
 from twelve.convert.card import render, sources
+from twelve.data.language import LANGUAGES, languages
+from twelve.data.words import read_words
 from twelve.errors import InputError
 from twelve.files import FolderLock
 from twelve.heap import keep_freed_memory
@@ -29,6 +31,7 @@ CALIBRATION_SECONDS = 4.0
 SAVE_BYTES_PER_SECOND = 100e6  # cautious, for what the end of a run writes
 HIDDEN = ("model", "before", "after")  # figures that the report does not show as tiles
 VERBS = {"on-policy": "distill"}  # of stages that are no verb themselves
+SAMPLED = 16  # batches whose languages the card names
 
 
 @dataclass
@@ -207,3 +210,11 @@ def _card(prepared: Prepared, figures: dict[str, Any]) -> str:
         figures["model"], verb=VERBS.get(plan.stage, plan.stage), config=ModelConfig(**plan.config), seed=plan.seed,
         options=plan.options, measured=measured, data=data, chats=prepared.chats, **about,
     )  # fmt: skip
+
+
+def spoken(batches: Callable[[int], Any], tokenizer: Any) -> list[str]:
+    """The languages of the data, of those that we tell apart: in which a tenth or more of the rows of some batches
+    are."""
+    rows = [row for step in range(SAMPLED) for row in batches(step).ids.tolist()]
+    codes = languages(read_words([tokenizer.decode(row) for row in rows])).code.tolist()
+    return [name for code, name in enumerate(LANGUAGES) if name != "other" and codes.count(code) >= len(rows) / 10]

@@ -17,7 +17,7 @@ from twelve.lora import attach
 from twelve.train.loop import Supervised
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
-from twelve.train.run import Prepared, run
+from twelve.train.run import Prepared, run, spoken
 
 # of 4e-4, 1e-3, 3e-3 and 6e-3 the second was best for adapters, and 3e-3 worse than no adapters at 3e-4, on SmolLM2
 LEARNING_RATE, LORA_LEARNING_RATE = 3e-4, 1e-3
@@ -86,13 +86,16 @@ def sft(
         def batches(step: int):
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
+        def about(figures: dict[str, Any]) -> dict[str, Any]:
+            return _about(plan, figures) | {"languages": spoken(batches, words)}
+
         def make_trainer() -> Supervised:
             model, _ = convert.load(source, device=target, dtype=torch.float32, packed=bool(lora))
             if lora:
                 attach(model, lora, seed=seed, merged=False)
             return trainer(model, batches, plan, folder)
 
-        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), True, epoch_steps)
+        return Prepared(plan, make_trainer, words, about, True, epoch_steps)
 
     return run("sft", out, options, prepare, minutes, steps, started, quiet)
 

@@ -1,0 +1,305 @@
+"""How bits per byte and speed grow with size, text and time: the runs that `twelve plan` chooses from.
+
+    python bench/scaling.py TEXT... --held-out ko=ko-val.jsonl en=en-val.jsonl --marks 1 2 4 8 16 --out runs/scaling
+    python bench/scaling.py --out runs/scaling --export twelve/plan/scaling.json
+    python bench/scaling.py --out runs/scaling --check
+
+A run trains one shape at a constant learning rate. At each mark, in minutes of training, a branch ends: it left the run
+after 60% of the mark, with the decay that a training of the mark's length has, is measured on the held-out texts, and
+forgotten. So one run gives what trainings of all these lengths would give, and tells the speed, the most memory
+held, and how fast this machine was just before. Measuring is not counted; with one thread, neither is what else runs.
+
+A run is a process of its own and leaves its row in rows.jsonl: the same command goes on where it stopped. --threads 1
+--workers 2 runs two at a time; rows say how many threads they had. `--check` leaves out each run in turn, and compares
+what the law says of it with the mean of its neighbours at the same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+from twelve.config import small_v3
+from twelve.data.shards import META, PackedData
+from twelve.data.tokenizer import Tokenizer
+from twelve.files import read_json, write_json
+
+SHAPES = ("64x2", "128x3", "192x4", "256x4", "320x5", "384x6", "512x7", "640x8")  # width x layers
+SETTINGS = ("context", "marks", "limit", "decay_share")
+KEYS = ("width", "layers", "experts", "vocabulary", "batch", "rate", "seed", "threads")
+WARM = 3  # steps that tell nothing of the speed
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def run(job: dict, options: argparse.Namespace, folder: Path) -> dict:
+    """Train one shape with branches at the marks; its row."""
+    import torch
+
+    from twelve.heap import keep_freed_memory
+    from twelve.model import Transformer
+    from twelve.plan import cost
+    from twelve.plan.law import work
+    from twelve.plan.machine import measure, product_speed
+    from twelve.plan.memory import training
+    from twelve.posttrain.memory import peak
+    from twelve.train.loop import NO_END, Supervised
+    from twelve.train.plan import Plan, describe
+    from twelve.train.precision import pick_device, pick_precision
+
+    torch.set_num_threads(job["threads"])
+    # what a single thread takes is the same whatever runs beside it
+    clock = time.process_time if job["threads"] == 1 else time.monotonic
+    machine, gflops = measure(), product_speed(clock)
+    keep_freed_memory()
+    device = pick_device(options.device)
+    tokens = options.out / f"tokens-{job['vocabulary']}"
+    data, words = PackedData(tokens), Tokenizer.load(tokens)
+    context, batch, seed = options.context, job["batch"], job["seed"]
+    config = small_v3(words.vocab_size, job["width"], job["layers"], job["experts"], 2, context)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = words.bos_id, words.eos_id, words.pad_id
+    plan = Plan(
+        stage="pretrain", options={}, config=config.to_dict(), data=describe(data), context=context, batch_size=batch,
+        micro_batch_size=batch, learning_rate=job["rate"], seed=seed, threads=job["threads"],
+        precision=pick_precision(device), decay_share=options.decay_share,
+    )  # fmt: skip
+    model = Transformer(config).init_weights(seed).to(device)
+    (folder / "training").mkdir()
+    trainer = Supervised(model, lambda step: data.batch(step, batch, context, seed), plan, folder)
+    times: list[float] = []
+    marks, held = [], 0
+    for mark in sorted(options.marks):
+        plan.revisions = [(0, NO_END)]
+        while sum(times) < 60 * mark * (1 - plan.decay_share):
+            times.append(step(trainer, clock))
+        held = held or peak()  # before there are copies
+        main, before = sum(times), snapshot(trainer)
+        end = max(trainer.step + 1, round(trainer.step / (1 - plan.decay_share)))
+        plan.revisions = [(0, end)]
+        branch = [step(trainer, clock) for _ in range(end - trainer.step)]
+        marks.append({"seconds": round(main + sum(branch), 2), "tokens": trainer.tokens,
+                      "bits": measured(model, words, options)})  # fmt: skip
+        restore(trainer, before)
+    counts = cost.parameters(config)
+    middle = statistics.median(times[WARM:] or times)
+    return {
+        **job, "settings": settings(options, tokens), "context": context, "total": counts.total,
+        "active": counts.active, "flops": cost.causal_flops(config, context), "work": work(config, context, batch),
+        "bytes_per_token": round(data.bytes / data.tokens, 4), "processor": machine.processor,
+        "gflops": round(gflops, 1), "memory_gb_s": machine.memory_gb_s, "torch": machine.torch,
+        "step_seconds": round(middle, 4), "tokens_per_second": round(batch * context / middle, 1),
+        "peak_memory": held, "planned_memory": sum(training(config, batch, context, data_tokens=data.tokens).values()),
+        "marks": marks,
+    }  # fmt: skip
+
+
+def step(trainer, clock) -> float:
+    began = clock()
+    trainer.train_step()
+    return clock() - began
+
+
+def snapshot(trainer) -> dict:
+    """All that a step changes."""
+    return {
+        "model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
+        "optimizer": {name: tensor.clone() for name, tensor in trainer.optimizer.state.items()},
+        "steps": (trainer.optimizer.step_count, trainer.step, trainer.tokens),
+    }
+
+
+def restore(trainer, state: dict) -> None:
+    trainer.model.load_state_dict(state["model"])
+    for name, tensor in state["optimizer"].items():
+        trainer.optimizer.state[name].copy_(tensor)
+    trainer.optimizer.step_count, trainer.step, trainer.tokens = state["steps"]
+
+
+def measured(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
+    """Bits a byte of every held-out text."""
+    from twelve.evaluate.bits import bits_per_byte
+
+    model.eval()
+    bits = {
+        name: round(bits_per_byte(model, words, path, options.context, options.limit).bits_per_byte, 5)
+        for name, path in options.held_out
+    }
+    model.train()
+    return bits
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="to train on; tokenised once for each vocabulary")
+    parser.add_argument("--held-out", nargs="+", type=_named, default=[], metavar="NAME=PATH")
+    parser.add_argument("--limit", type=int, default=40, help="documents of each that are measured (default: 40)")
+    parser.add_argument("--marks", nargs="+", type=float, default=[1, 2, 4, 8, 16], help="minutes of training")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="WxL", help="width x layers")
+    parser.add_argument("--experts", nargs="+", type=int, default=[8, 0], help="of a layer; 0: dense (default: 8 0)")
+    parser.add_argument("--vocabulary", nargs="+", type=int, default=[8192])
+    parser.add_argument("--batch", nargs="+", type=int, default=[8], help="rows a step")
+    parser.add_argument("--rate", nargs="+", type=float, default=[4e-3], help="learning rates")
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--decay-share", type=float, default=0.4, help="of a branch (default: 0.4, as pretrain has)")
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", help="default: what there is")
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    parser.add_argument("--export", type=Path, metavar="JSON", help="write the rows for `twelve plan`")
+    parser.add_argument("--check", action="store_true", help="how well the law tells of runs that were left out")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        with tempfile.TemporaryDirectory(dir=options.out) as folder:
+            row = run(options.one, options, Path(folder))
+        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return
+    if options.export:
+        export(options)
+    elif not options.check:
+        run_all(options)
+    if not options.export:
+        show(read_rows(options.out))
+    if options.check:
+        check(read_rows(options.out))
+
+
+def _named(value: str) -> tuple[str, str]:
+    name, _, path = value.partition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
+    return name, path
+
+
+def settings(options: argparse.Namespace, tokens: Path) -> dict:
+    """What makes two rows comparable."""
+    held_out = {name: Path(path).name for name, path in options.held_out}
+    data = read_json(tokens / META)["sha256"][:16]
+    return {name: getattr(options, name) for name in SETTINGS} | {"held_out": held_out, "data": data}
+
+
+def run_all(options: argparse.Namespace) -> None:
+    if not options.held_out:
+        raise SystemExit("name what is measured: --held-out NAME=PATH")
+    for vocabulary in options.vocabulary:
+        tokens = options.out / f"tokens-{vocabulary}"
+        if not (tokens / META).exists():
+            from twelve.data.corpus import tokenize
+
+            tokenize(options.text, tokens, None, vocabulary)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
+    choices = product(options.seed, options.rate, options.batch, options.vocabulary, options.experts, shapes)
+    jobs = [
+        dict(zip(KEYS, (*shape, experts, vocabulary, batch, rate, seed, options.threads), strict=True))
+        for seed, rate, batch, vocabulary, experts, shape in choices
+    ]
+    done = [{key: row[key] for key in KEYS} | row["settings"] for row in read_rows(options.out)]
+
+    def start(job: dict) -> None:
+        if job | settings(options, options.out / f"tokens-{job['vocabulary']}") in done:
+            return
+        began = time.monotonic()
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
+        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        said = ended.stderr[-300:] if ended.returncode else f"{time.monotonic() - began:.0f} s"
+        print(f"{job}: {said}", flush=True)
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(start, jobs))
+
+
+def read_rows(out: Path) -> list[dict]:
+    path = out / "rows.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def export(options: argparse.Namespace) -> None:
+    """The rows that can be compared with the last one, without what they all share."""
+    rows = read_rows(options.out)
+    if not rows:
+        raise SystemExit(f"{options.out} holds no rows")
+
+    def shared(row: dict) -> dict:  # vocabularies have tokens, and so hashes, of their own
+        return {key: value for key, value in row["settings"].items() if key not in ("data", "marks")}
+
+    same = [row for row in rows if shared(row) == shared(rows[-1])]
+    told = {key: rows[-1][key] for key in ("processor", "torch")} | shared(rows[-1])
+    dropped = {"settings", "processor", "torch"}
+    kept = [{key: value for key, value in row.items() if key not in dropped} for row in same]
+    write_json(options.export, {"made": "bench/scaling.py", **told, "rows": kept})
+    print(f"{len(kept)} of {len(rows)} rows in {options.export}")
+
+
+# --- what they say ----------------------------------------------------------------------------------------------------
+
+
+def show(rows: list[dict]) -> None:
+    from twelve.plan.law import mean_bits
+
+    for row in rows:
+        name = f"{row['width']}x{row['layers']}, {row['experts'] or 'no'} experts, vocabulary {row['vocabulary']}"
+        share = row["work"] * row["tokens_per_second"] / row["gflops"] / 1e9
+        ends = ", ".join(f"{mark['seconds']:.0f} s {mean_bits(mark):.3f}" for mark in row["marks"])
+        print(f"{name}, {row['batch']} rows, rate {row['rate']:g}, {row['threads']} threads: "
+              f"{row['active'] / 1e6:.2f}M active, {row['tokens_per_second']:,.0f} tokens/s ({share:.0%} of "
+              f"{row['gflops']:.0f} GFLOP/s), {row['peak_memory'] / 2**20:.0f} MiB (planned "
+              f"{row['planned_memory'] / 2**20:.0f}); {ends}")  # fmt: skip
+
+
+def check(rows: list[dict]) -> None:
+    """Root mean square errors, in bits per byte, of the law and of interpolation, run by run."""
+    from twelve.plan.law import best_settings, left_out
+
+    rows = best_settings(rows)
+    law, between = [], []
+    for row in rows:
+        law += left_out(rows, row)
+        between += interpolated([other for other in rows if other is not row], row)
+    for name, errors in (("law", law), ("interpolation", [error for error in between if error is not None])):
+        if errors:
+            print(f"{name}: {math.sqrt(statistics.mean(error**2 for error in errors)):.4f} over {len(errors)} marks")
+
+
+def interpolated(rows: list[dict], row: dict) -> list[float | None]:
+    """Errors of a straight line, in logarithms, between the next smaller and larger run of the same kind, each read at
+    the mark's bytes of text; None where there is no such run, or it did not read so much or so little."""
+    import numpy as np
+
+    from twelve.plan.law import mean_bits
+
+    kind = [other for other in rows if (other["experts"] > 0) == (row["experts"] > 0)]
+    smaller = max((o for o in kind if o["active"] < row["active"]), key=lambda o: o["active"], default=None)
+    larger = min((o for o in kind if o["active"] > row["active"]), key=lambda o: o["active"], default=None)
+    if smaller is None or larger is None:
+        return [None] * len(row["marks"])
+
+    def read(other: dict, text: float) -> float:
+        known = [math.log(mark["tokens"] * other["bytes_per_token"]) for mark in other["marks"]]
+        return float(np.interp(text, known, [mean_bits(mark) for mark in other["marks"]], math.nan, math.nan))
+
+    share = math.log(row["active"] / smaller["active"]) / math.log(larger["active"] / smaller["active"])
+    errors: list[float | None] = []
+    for mark in row["marks"]:
+        text = math.log(mark["tokens"] * row["bytes_per_token"])
+        error = (1 - share) * read(smaller, text) + share * read(larger, text) - mean_bits(mark)
+        errors.append(None if math.isnan(error) else error)
+    return errors
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What is said before a training, and the training that follows it without sizes."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from twelve.config import small_v3
+from twelve.data.corpus import tokenize
+from twelve.data.survey import survey
+from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
+from twelve.plan.machine import Machine
+from twelve.planner import plan
+from twelve.train import outlook
+from twelve.train.loop import Supervised
+from twelve.train.pretrain import pretrain
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plan"))
+from scaled import made_up
+
+GIB = 2**30
+ASKED = {"minutes": 15, "batch": 1, "context": 256, "quiet": True}
+MACHINE = Machine(
+    host="here", processor="some", cores=1, threads=1, torch="2", gflops={"float32": 100.0}, memory_gb_s=10.0,
+    disk_gb_s=1.0, gpus=[], compiler=None, memory_total=16 * GIB, memory_available=8 * GIB, disk_free=100 * GIB,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rows = [f"{n} apples and {n * 7 % 97} pears. 사과 {n}개와 배 {n * 7 % 97}개." for n in range(400)]
+    (folder / "fruit.jsonl").write_text("".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """A machine that need not be measured, and runs of small models on it."""
+    monkeypatch.setattr(outlook, "measure", lambda: MACHINE)
+    monkeypatch.setattr(outlook, "product_speed", lambda clock: 100.0)
+    monkeypatch.setattr(outlook, "load", lambda: made_up(widths=(64, 128), vocabularies=(300, 512)))
+
+
+def test_a_survey_knows_how_much_text_there_is(text, tmp_path):
+    rows = [json.loads(line)["text"] for line in (text / "fruit.jsonl").read_text().splitlines()]
+    size = sum(len(row.encode()) for row in rows)
+    assert survey([text]).text_bytes == pytest.approx(size, rel=0.01)
+    packed = tmp_path / "fruit.jsonl.gz"
+    packed.write_bytes(gzip.compress((text / "fruit.jsonl").read_bytes()))
+    assert survey([packed]).text_bytes == pytest.approx(size, rel=0.01)
+    assert 0 < survey([text]).preparing(300) < survey([text, packed]).preparing(4096) < 60
+    tokenize([text], tmp_path / "tokens", vocab_size=300, progress=False)
+    shards = survey([tmp_path / "tokens"])
+    entries = Tokenizer.load(tmp_path / "tokens").vocab_size
+    assert (shards.text_bytes, shards.vocabulary) == (size, entries) and shards.preparing(entries) == 0
+    words = survey([text], tmp_path / "tokens")
+    assert words.vocabulary == entries and words.bytes_per_token == pytest.approx(shards.bytes_per_token, rel=0.1)
+    assert survey(["-"]).text_bytes is None
+    with pytest.raises(InputError, match="no such file"):
+        survey([tmp_path / "none.txt"])
+
+
+def test_pretraining_without_sizes_takes_the_plans_and_a_resume_keeps_them(text, known, tmp_path, monkeypatch, capsys):
+    real, steps = Supervised.train_step, []
+
+    def killed(self):
+        if self.step == 12:
+            raise RuntimeError("killed")
+        steps.append(self.step)
+        return real(self)
+
+    monkeypatch.setattr("twelve.train.run.CALIBRATION_SECONDS", 0.0)
+    whole = pretrain([text], tmp_path / "whole", **ASKED)
+    told = capsys.readouterr().out
+    chosen = json.loads((tmp_path / "whole" / "training" / "plan.json").read_text())
+    expected = chosen["outlook"]
+    shape = (chosen["config"]["vocab_size"], expected["width"], expected["layers"], expected["experts"], 2, 256)
+    planned = small_v3(*shape).to_dict()
+    for key in ("hidden_size", "num_hidden_layers", "n_routed_experts", "moe_intermediate_size"):
+        assert chosen["config"][key] == planned[key]
+    assert f"width {expected['width']}, {expected['layers']} layers" in told and "why " in told
+    # the text is short, so the run ends when it was read four times
+    assert whole["tokens"] == pytest.approx(4 * chosen["data"]["tokens"], rel=0.02)
+
+    # another machine would choose otherwise; a run that began goes on as it was
+    monkeypatch.setattr("twelve.train.loop.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("twelve.train.loop.SAVE_SHARE", 1e9)
+    monkeypatch.setattr(Supervised, "train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain([text], tmp_path / "part", **ASKED)
+    monkeypatch.setattr(Supervised, "train_step", real)
+    monkeypatch.setattr(outlook, "load", lambda: made_up(widths=(256,), vocabularies=(300, 512)))
+    pretrain([text], tmp_path / "part", **ASKED)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_sizes_that_are_given_need_no_plan(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("twelve.train.pretrain.expect", lambda *a, **k: pytest.fail("planned"))
+    pretrain([text], tmp_path / "run", steps=1, width=64, vocab_size=300, context=32, batch=2, quiet=True)
+    made = json.loads((tmp_path / "run" / "training" / "plan.json").read_text())
+    assert made["config"]["num_hidden_layers"] == 4 and made["config"]["n_routed_experts"] == 8  # as ever
+    assert (made["learning_rate"], made["micro_batch_size"], made["outlook"]) == (4e-3, 2, {})
+
+
+def test_a_memory_limit_makes_micro_batches_smaller(text, tmp_path):
+    config = small_v3(300, 64, 1, 0, 2, 256)
+    needed = {rows: sum(outlook.training(config, rows, 256, data_tokens=0).values()) for rows in (4, 64)}
+    assert outlook.fitting_micro_batch(config, 64, 256, needed[4] + 1000, 0) == 4
+    assert outlook.fitting_micro_batch(config, 64, 256, None, 0) == 64
+    with pytest.raises(InputError, match="do not hold this training"):
+        pretrain([text], tmp_path / "run", steps=1, width=64, vocab_size=300, memory=1 << 20, quiet=True)
+
+
+def test_the_verb_tells_of_a_run(text, known):
+    result = plan([str(text)], minutes=5, memory=2 * GIB, watts=100.0, price=0.5, currency="EUR")
+    expected = result["expected"]
+    assert result["next"] == f"twelve pretrain {text} --minutes 5 --memory 2048MiB"
+    assert expected["seconds"] <= 300 and sum(expected["memory"].values()) < 2 * GIB
+    assert sum(expected["times"].values()) == pytest.approx(expected["seconds"], abs=0.5)
+    hours = expected["seconds"] / 3600 * 0.1
+    spent = result["energy_and_money"]
+    assert spent["kilowatt_hours"] == pytest.approx(hours, rel=0.01)
+    assert spent["money"] == pytest.approx(hours / 2, rel=0.01) and "EUR at 0.5" in result["energy"]
+    assert result["phases"].keys() == {"sampling", "scoring", "update"} and "expected" in result["bits_per_byte"]
+    assert ("dense is better" in result["why"]) == (expected["experts"] == 0)
+    endless = plan(minutes=5)
+    assert endless["expected"]["tokens"] > 2 * expected["tokens"] and endless["corpus"] is None
+    memory = plan(minutes=5, switches={"hc_mult": 4, "engram_vocab_size": 997})["expected"]["memory"]
+    assert memory["streams"] > 0 and memory["table"] > 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"minutes": 0.0}, "0 minutes are no time"),
+        ({"minutes": 0.05}, "too few for 20 steps"),
+        ({"memory": 64 * GIB}, "64.00 GiB are more than the 16.00 GiB that there are"),
+        ({"memory": GIB // 8}, "0.12 GiB are too little to train any model"),
+        ({"device": "meta"}, "meta is neither"),
+        ({"model": "no such model"}, "is no model folder, config.json or preset"),
+    ],
+)
+def test_what_cannot_be_met_says_why(text, known, asked, words):
+    with pytest.raises(InputError, match=words) as told:
+        plan([str(text)], **asked)
+    assert "\n" not in str(told.value)
+
+
+def test_too_little_text_says_so(known, tmp_path):
+    (tmp_path / "short.txt").write_text("twelve ships " * 20)
+    with pytest.raises(InputError, match="260 bytes of text are too little to learn from"):
+        plan([str(tmp_path / "short.txt")])
+    with pytest.raises(InputError, match="too little to learn from"):
+        pretrain([tmp_path / "short.txt"], tmp_path / "run", minutes=1, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_published_models_are_told_of(tmp_path):
+    result = plan(model="deepseek_v3")
+    assert (result["parameters"], result["kv_bytes_per_token"]) == (671_026_419_200, 70_272)
+    assert "does not fit" in result["training_memory"]
+    config = {
+        "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "intermediate_size": 10944,
+        "num_hidden_layers": 27, "num_attention_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
+        "quantization_config": {"quant_method": "fp8"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan(model=str(tmp_path))["parameters"] == plan(model="deepseek_v2_lite")["parameters"] == 15_706_484_224

@@ -1,0 +1,85 @@
+"""Two models on the same items: the difference of each measure, its standard error, and a paired test.
+
+Items that are hard for one model are hard for the other, so that the difference is known better than either figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from twelve.evaluate.accuracy import Accuracy
+from twelve.evaluate.bits import BitsPerByte, ratio_error
+from twelve.evaluate.choices import ChoiceAccuracy
+from twelve.evaluate.statistics import finite, mcnemar, standard_error, student
+
+LEAST = 1e-12  # a smaller p-value is rounding
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first model's figure less the second's."""
+
+    measure: str
+    first: float
+    second: float
+    difference: float
+    standard_error: float
+    p_value: float  # two-sided
+    test: str
+    items: int
+    unit: str = ""  # of a share none
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "standard_error": finite(self.standard_error), "p_value": finite(self.p_value)}
+
+    def __str__(self) -> str:
+        form = ".4f" if self.unit else ".1%"
+        chance = f"p < {LEAST:g}" if self.p_value < LEAST else f"p = {self.p_value:.2g}"
+        return (
+            f"{self.measure}: {self.first:{form}} against {self.second:{form}}{self.unit}, difference "
+            f"{self.difference:+{form}} ± {self.standard_error:{form}}, {chance} ({self.test}, {self.items:,} items)"
+        )
+
+
+def compare_bits(measure: str, first: BitsPerByte, second: BitsPerByte) -> Difference:
+    """Of bits per byte, documents being the sample: the standard error is that of a ratio, linearised."""
+    spent = first.document_bits - second.document_bits
+    difference = first.bits_per_byte - second.bits_per_byte
+    error = ratio_error(spent, first.document_bytes, difference)
+    return Difference(measure, first.bits_per_byte, second.bits_per_byte, difference, error,
+                      _paired_t(difference, error, len(spent)), "paired t", len(spent), " bits a byte")  # fmt: skip
+
+
+def compare_shares(measure: str, first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Of the mean over items: McNemar's exact test where each is right (1) or wrong (0), else a paired t test."""
+    apart = [a - b for a, b in zip(first, second, strict=True)]
+    difference, error = fmean(apart), standard_error(apart)
+    if {*first, *second} <= {0, 1}:
+        test, chance = "McNemar", mcnemar(apart.count(1), apart.count(-1))
+    else:
+        test, chance = "paired t", _paired_t(difference, error, len(apart))
+    return Difference(measure, fmean(first), fmean(second), difference, error, chance, test, len(apart))
+
+
+def differences(measure: str, first: Any, second: Any) -> list[Difference]:
+    """Of one measure of two models: BitsPerByte, Accuracy or ChoiceAccuracy; others are not compared."""
+    if isinstance(first, BitsPerByte):
+        return [compare_bits(measure, first, second)]
+    if isinstance(first, Accuracy):
+        return [compare_shares(measure, first.solved, second.solved)]
+    if isinstance(first, ChoiceAccuracy):
+        return [compare_shares(measure, first.right, second.right),
+                compare_shares(f"{measure}, by byte", first.right_by_byte, second.right_by_byte)]  # fmt: skip
+    return []
+
+
+def _paired_t(difference: float, error: float, items: int) -> float:
+    if items < 2:
+        return math.nan
+    if not error:
+        return 1.0 if not difference else 0.0
+    return student(difference / error, items - 1)

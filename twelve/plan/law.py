@@ -1,0 +1,171 @@
+"""What scaling runs say (scaling.json, made by bench/scaling.py): bits per byte by size and text, and speed by shape.
+
+Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size, D the bytes of text read, which
+unlike tokens compare vocabularies. How fast a shape trains follows from its arithmetic and from the share of the
+processor's measured speed that runs of its kind reach, which falls with the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twelve.config import ModelConfig
+from twelve.errors import InputError
+from twelve.files import read_json
+from twelve.plan import cost
+
+ROWS = Path(__file__).with_name("scaling.json")
+EXPONENTS = np.linspace(0.1, 1.2, 12)  # that are tried for a and b
+USUAL, SPREAD, DOUBT = (0.34, 0.28), 0.3, 0.02  # Chinchilla's a and b; how far others may be, in bits per byte of error
+SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N, of which the rest is of active ones
+PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
+UNKNOWN = 0.05  # bits per byte of error, where there are too few runs to tell
+
+Row = dict[str, Any]  # of scaling.json: one run, with its marks
+
+
+def load(path: Path = ROWS) -> list[Row]:
+    """The scaling runs that ship with the package, or those of another file. InputError for a file without any."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.get("rows"):
+        raise InputError(f"{path} holds no scaling runs: make them with bench/scaling.py --export")
+    return found["rows"]
+
+
+# --- bits per byte ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Law:
+    """Bits per byte by size and text; `error` is the root mean square of what it says wrong of runs left out."""
+
+    floor: float
+    size: float
+    size_power: float
+    data: float
+    data_power: float
+    sparse: float
+    unit: tuple[float, float]  # of N and D, so that `size` and `data` are bits
+    error: float = 0.0
+    known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; bytes from, to
+
+    def bits(self, active: float, total: float, text_bytes: float) -> float:
+        """active, total: parameters without the embedding's look-up and a table."""
+        n = active ** (1 - self.sparse) * total**self.sparse / self.unit[0]
+        d = text_bytes / self.unit[1]
+        return float(self.floor + self.size * n**-self.size_power + self.data * d**-self.data_power)
+
+    def uncertainty(self, active: float, text_bytes: float) -> float:
+        """Standard error of `bits`; larger outside of what was measured, by half for every factor of two."""
+        low_n, high_n, low_d, high_d = self.known
+        beyond = max(low_n / active, active / high_n, 1.0) * max(low_d / text_bytes, text_bytes / high_d, 1.0)
+        return self.error * (1 + 0.5 * float(np.log2(beyond)))
+
+
+def fit_law(rows: Sequence[Row]) -> Law:
+    """The law of these runs, with the error that it makes of each run when it is fitted to the others."""
+    rows = best_settings(rows)
+    every = points(rows)
+    errors = [UNKNOWN]
+    if len(rows) >= 3:
+        errors = [error for row in rows for error in left_out(rows, row)]
+    active, text = every[:, 0], every[:, 2]
+    known = tuple(map(float, (active.min(), active.max(), text.min(), text.max())))
+    return replace(_fit(every), error=float(np.sqrt(np.mean(np.square(errors)))), known=known)
+
+
+def left_out(rows: Sequence[Row], row: Row) -> list[float]:
+    """By how many bits per byte a law of the other runs is wrong at each mark of `row`."""
+    law = _fit(points(other for other in rows if other is not row))
+    return [law.bits(*point[:3]) - point[3] for point in points([row])]
+
+
+def points(rows: Iterable[Row]) -> np.ndarray:
+    """[marks of all runs, 4]: active and all parameters without the embedding, bytes of text, bits per byte (the mean
+    of the languages)."""
+    found = []
+    for row in rows:
+        embedding = row["vocabulary"] * row["width"]
+        for mark in row["marks"]:
+            text = mark["tokens"] * row["bytes_per_token"]
+            found.append((row["active"] - embedding, row["total"] - embedding, text, mean_bits(mark)))
+    return np.array(found)
+
+
+def mean_bits(mark: dict[str, Any]) -> float:
+    return float(np.mean(list(mark["bits"].values())))
+
+
+def best_settings(rows: Sequence[Row]) -> list[Row]:
+    """Of runs that differ in learning rate or batch only, the one that is lowest at the last mark that all have."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("width", "layers", "experts", "vocabulary")), []).append(row)
+    best = []
+    for same in groups.values():
+        last = min(len(row["marks"]) for row in same) - 1
+        best.append(min(same, key=lambda row, last=last: mean_bits(row["marks"][last])))
+    return best
+
+
+def _fit(every: np.ndarray) -> Law:
+    """Least squares: the exponents by trying all, the rest, which is linear and not below zero, by solving."""
+    active, total, text, bits = every.T
+    unit = float(np.exp(np.log(active).mean())), float(np.exp(np.log(text).mean()))
+    a, b = (grid.ravel() for grid in np.meshgrid(EXPONENTS, EXPONENTS))
+    prior = DOUBT**2 * (((a - USUAL[0]) / SPREAD) ** 2 + ((b - USUAL[1]) / SPREAD) ** 2)
+    sparsity = np.log(total / active)
+    best, least = None, np.inf
+    for sparse in SPARSE if np.ptp(sparsity) > 0.1 else SPARSE[:1]:
+        n = active ** (1 - sparse) * total**sparse / unit[0]
+        terms = np.stack([np.ones((len(a), len(n))), n ** -a[:, None], (text / unit[1]) ** -b[:, None]], axis=-1)
+        for used in map(list, PARTS):
+            part = terms[..., used]  # [exponents, marks, used]
+            square = part.mT @ part + 1e-9 * np.eye(len(used))
+            found = np.linalg.solve(square, part.mT @ bits[:, None])  # [exponents, used, 1]
+            loss = ((part @ found)[..., 0] - bits) ** 2
+            loss = np.where((found >= 0).all((-2, -1)), loss.sum(-1) + prior, np.inf)
+            at = int(loss.argmin())
+            if loss[at] < least - 1e-12:
+                least, values = loss[at], np.zeros(3)
+                values[used] = found[at, :, 0]
+                floor, size, data = map(float, values)
+                best = Law(floor, size, float(a[at]), data, float(b[at]), sparse, unit)
+    return best
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def work(config: ModelConfig, context: int, batch: int) -> float:
+    """Operations a token: the model's, and a token's share of the optimiser's."""
+    return cost.causal_flops(config, context) + cost.optimizer_flops(config) / (batch * context)
+
+
+def fit_utilisation(rows: Sequence[Row]) -> Callable[[int, bool, int], float]:
+    """Share of the processor's measured speed that training reaches, by width, whether there are experts, and threads.
+
+    A regression of its logarithm, which keeps to the measured widths, and in which few runs show no effect.
+    """
+    features = np.array([_features(row["width"], row["experts"] > 0, row["threads"]) for row in rows])
+    reached = np.log([row["work"] * row["tokens_per_second"] / (row["gflops"] * 1e9) for row in rows])
+    ridge = np.diag([0.0, 0.01, 0.01, 0.01])
+    found = np.linalg.solve(features.T @ features + ridge, features.T @ reached)
+    low, high = min(row["width"] for row in rows), max(row["width"] for row in rows)
+    return lambda width, routed, threads: float(np.exp(_features(np.clip(width, low, high), routed, threads) @ found))
+
+
+def _features(width: float, routed: bool, threads: int) -> np.ndarray:
+    return np.array([1.0, np.log(width / 256), float(routed), np.log2(threads)])
+
+
+def bytes_per_token(rows: Sequence[Row], vocabulary: int) -> float:
+    """Of the scaling runs' text, by the logarithm of the vocabulary."""
+    known = {row["vocabulary"]: row["bytes_per_token"] for row in rows}
+    at = sorted(known)
+    return float(np.interp(np.log(vocabulary), np.log(at), [known[size] for size in at]))
