@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -352,7 +353,10 @@ def run_all(options: argparse.Namespace) -> None:
         if (arm, seed) in done:
             return
         command = [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(seed)]
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        alone = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the tokenizer, too
+        ended = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=alone
+        )
         print(f"{arm}, seed {seed}: " + (ended.stderr[-300:] if ended.returncode else "done"), flush=True)
 
     with ThreadPoolExecutor(options.workers) as pool:

@@ -29,8 +29,9 @@ def english(number):
 
 
 DIRTY = [
-    (korean(1), ""), (english(1), ""), (korean(2), ""), (korean(1).replace(".", "!"), "duplicate"),
-    (english(1) + " And that was all.", "near duplicate"), (korean(3).encode().decode("latin-1"), "broken"),
+    (korean(1), ""), (english(1), ""), (korean(2), ""), (korean(1), "duplicate"),
+    (english(1).replace(".", "!") + " And that was all.", "near duplicate"),
+    (korean(3).encode().decode("latin-1"), "broken"),
     ("Der Fluss war breit und die Brücke war alt, aber nicht so alt wie das Dorf auf der anderen Seite.", "language"),
     ("Ship", "short"), (english(2), ""), (korean(2), "duplicate"),
 ]  # fmt: skip

@@ -228,6 +228,9 @@ def test_no_network_no_hub_and_no_address(hub, tmp_path, monkeypatch):
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(package, "__version__", "0.36.0")
+        refused(r"version 2 or newer: pip install 'twelve\[pull\]'")
     for name in ("huggingface_hub", "huggingface_hub.constants"):
         monkeypatch.setitem(sys.modules, name, None)
     refused(r"pip install 'twelve\[pull\]'")

@@ -36,7 +36,7 @@ def filter_text(
     What breaks a rule of `twelve.data.quality`, is in another language, came before, or has words in common with the
     files `against` is dropped. `budget`, bytes (int) or a share of what is clean (float), chooses among the rest;
     `weights` by path and `temperature` say how the paths share it, or without it how much of each is kept. `report`
-    names an HTML file. Streams: memory grows by some 130 bytes a document, with a choice by 10 more.
+    names an HTML file. Streams: memory grows by some 130 bytes a document, with a choice by 13 more.
 
     Returns the counts. Raises InputError for bad input, and when nothing is left; then `out` stays as it was.
     """
@@ -97,7 +97,7 @@ def filter_text(
 
 
 class _Choice:
-    """What the first reading found, 14 bytes a document, and what the next two make of it."""
+    """What the first reading found, 13 bytes a document, and what the next two make of it."""
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, float], temperature: float):
         self.weights, self.temperature = [weights.get(name, 1.0) for name in names], temperature

@@ -20,6 +20,7 @@ from twelve.files import sha256
 
 TIMEOUT = 20.0  # seconds without a byte
 TRIES = 5  # in a row that bring none
+MISSING = "pull needs the package huggingface_hub, version 2 or newer: pip install 'twelve[pull]'"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Remote:
 class Hub:
     """The repository `name`. commit: of the revision, known after `files`; fetched: bytes that came over the network.
 
-    InputError where huggingface_hub is not installed, or the endpoint is no address.
+    InputError where huggingface_hub is not installed or too old, or the endpoint is no address.
     """
 
     def __init__(self, name: str, revision: str, endpoint: str | None) -> None:
@@ -62,7 +63,9 @@ class Hub:
             import huggingface_hub.errors
             import huggingface_hub.utils
         except ImportError:
-            raise InputError("pull needs the package huggingface_hub: pip install 'twelve[pull]'") from None
+            raise InputError(MISSING) from None
+        if int(huggingface_hub.__version__.split(".")[0]) < 2:  # tokenizers brings one, of any age
+            raise InputError(MISSING)
         try:
             huggingface_hub.utils.validate_repo_id(name)
         except ValueError as error:

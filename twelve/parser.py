@@ -121,8 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     _tokenizer(made)
     made.add_argument("--filter", action="store_true", help="drop bad, foreign and repeated text first")
 
-    made = verb("pretrain", "PATH...", "Train a model on text, of sizes that you name or `twelve plan` chose. Run it again to resume.")
-    made.add_argument("paths", nargs="+", metavar="PATH", help="text, or a folder that `twelve tokenize` wrote")
+    made = verb("pretrain", "PATH...", "Train a model on text or on what `twelve tokenize` wrote, of your sizes "
+                "or a plan's. The same again resumes.")  # fmt: skip
+    made.add_argument("paths", nargs="+", metavar="PATH", help=argparse.SUPPRESS)
     made.add_argument("--out", default="runs/pretrain", metavar="FOLDER", help="the model (default: runs/pretrain)")
     _training(made)
     made.add_argument("--memory", type=size, metavar="SIZE", help="to stay below, like 8GiB (default: what is free)")
@@ -133,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--experts", type=natural, help="routed experts a layer; 0 makes a dense model")
     made.add_argument("--experts-per-token", type=positive, help="of them, how many work on a token")
     made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
-    made.add_argument("--from", dest="start", metavar="MODEL", help="go on from its weights; it brings sizes, tokenizer")
+    made.add_argument("--from", dest="start", metavar="MODEL", help="go on from its weights, sizes and tokenizer")
     made.add_argument("--hc-mult", type=positive, help="residual streams (default: 1, no hyper-connections)")
     made.add_argument("--engram-vocab-size", type=positive, help="rows a head of an n-gram memory (default: none)")
     made.add_argument("--engram-layers", type=naturals, metavar="N,N", help="that read it (default: 1 and the middle)")
@@ -243,11 +244,11 @@ def build_parser() -> argparse.ArgumentParser:
     _engines(made)
     _computing(made, draws=False)
 
-    made = verb("convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder, or as FILE.gguf for llama.cpp.")
+    made = verb("convert", "MODEL --out FOLDER", "Write a model as a Hugging Face folder, or as FILE.gguf (llama.cpp).")
     made.add_argument("model", metavar="MODEL")
     made.add_argument("--out", required=True, metavar="FOLDER", help="to write; a name that ends in .gguf: that file")
     made.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "q8_0", "q4_0"), default="float32",
-                      metavar="NAME", help="float32 (default), bfloat16, float16; of .gguf also q8_0, q4_0")  # fmt: skip
+                      metavar="NAME", help="float32 (default), bfloat16, float16; .gguf also q8_0, q4_0")  # fmt: skip
     made.add_argument("--layers", type=positive, help="resize it to so many, as a start of more training")
     made.add_argument("--width", type=positive, help="of the residual; heads and feed-forward layers in proportion")
     made.add_argument("--experts", type=natural, help="routed ones a layer; 0 makes it dense")

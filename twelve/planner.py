@@ -55,8 +55,8 @@ def plan(
             raise InputError(f"--{name} belongs to named hardware: add --gpus, like --gpus 8xH100")
     if model is not None:
         return of_model(read_model(model), context)
-    outlook = expect(paths, MINUTES if minutes is None else minutes, memory=memory, context=context, **given)
-    return of_run(outlook, list(map(str, paths)), minutes or MINUTES, memory, watts or WATTS, **bill)
+    asked = {"minutes": MINUTES if minutes is None else minutes, "memory": memory, "context": context, **given}
+    return of_run(expect(paths, **asked), _command(paths, asked), watts or WATTS, **bill)
 
 
 def read_model(name: str) -> ModelConfig:
@@ -79,19 +79,14 @@ def read_model(name: str) -> ModelConfig:
 # --- a run here -------------------------------------------------------------------------------------------------------
 
 
-def of_run(
-    outlook: Outlook, paths: list[str], minutes: float, memory: int | None, watts: float, price: float | None,
-    currency: str,
-) -> dict[str, Any]:  # fmt: skip
+def of_run(outlook: Outlook, following: str, watts: float, price: float | None, currency: str) -> dict[str, Any]:
     """What a run is expected to take and to give, in words and, in the nested parts, in numbers."""
     best, machine = outlook.best, outlook.machine
     counts = cost.parameters(best.config, mtp=True)
     phases = reinforcement(best.config, ANSWERS, LENGTH)
     fullest = max(phases, key=lambda phase: sum(phases[phase].values()))
-    corpus = outlook.corpus
     spent = ", ".join(f"{name} {seconds:,.0f}" for name, seconds in outlook.times.items() if seconds >= 0.5)
     text = f", {best.epochs:.2f} times the text" if best.epochs else ""
-    asked = [f"--minutes {minutes:g}"] + ([f"--memory {memory / 2**20:.0f}MiB"] if memory else [])
     return {
         **outlook.lines(),
         "parameters": counts.total, "active_parameters": counts.active,
@@ -101,10 +96,23 @@ def of_run(
         "kv_bytes_per_token": cost.kv_bytes(best.config),
         "bits_per_byte": f"{best.bits:.3f} ± {best.error:.3f} expected, if the text is like the scaling runs'",
         "energy": _energy(outlook.seconds, watts, price, currency),
-        "machine": _told(machine), "expected": outlook.to_dict(), "phases": phases, "corpus": corpus and vars(corpus),
+        "machine": _told(machine), "expected": outlook.to_dict(), "phases": phases, "corpus": vars(outlook.corpus),
         "machine_measured": vars(machine), "energy_and_money": _spent(outlook.seconds, watts, price),
-        "next": " ".join(["twelve pretrain", *(paths or ["PATH"]), *asked]),
+        "next": following,
     }  # fmt: skip
+
+
+def _command(paths: Sequence[str], asked: dict[str, Any]) -> str:
+    """What to type for the run that was asked about."""
+    options = {name: value for name, value in asked.items() if name != "switches"} | (asked.get("switches") or {})
+    if options["memory"]:
+        options["memory"] = f"{options['memory'] / 2**20:.0f}MiB"
+    given = (
+        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in options.items()
+        if value is not None
+    )
+    return " ".join(["twelve pretrain", *map(str, paths or ["PATH"]), *given])
 
 
 def _told(machine: Machine) -> str:

@@ -118,7 +118,7 @@ def test_both_forms_equal_transformers(family, values, split, tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
 def test_a_quantised_file_runs_in_the_engine(kind, tmp_path):
-    """Projections stay packed where there is a form for them; experts and kv_b_proj become floats."""
+    """Projections and experts stay packed where there is a form for them; kv_b_proj and routers become floats."""
     shape = {"hidden_size": 64, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 16}
     theirs = peer("deepseek_v3", V3 | shape | {"intermediate_size": 96, "moe_intermediate_size": 32})
     for split in (True, False):
@@ -126,7 +126,11 @@ def test_a_quantised_file_runs_in_the_engine(kind, tmp_path):
         packed, floats = (twelve.load(tmp_path, device="cpu", packed=packed) for packed in (True, False))
         forms = forms_of(packed[0])
         assert ("layers.1.self_attn.q_b_proj" in forms) == (kind != "Q5_1")
-        assert not any(name.endswith(("kv_b_proj", "experts", "mlp.gate")) for name in forms)
+        assert ("layers.2.mlp.experts" in forms) == (kind != "Q5_1") and "layers.2.mlp.gate" not in forms
+        assert not any(name.endswith("kv_b_proj") for name in forms)
+        for part in ("gate_up_proj", "down_proj"):
+            mine, wanted = (getattr(one[0].layers[2].mlp.experts, part) for one in (packed, floats))
+            assert torch.equal(mine, wanted)
         ids = torch.randint(0, 1003, (2, 20))
         with torch.no_grad():
             assert (packed[0](ids) - floats[0](ids)).abs().max() <= 1e-4

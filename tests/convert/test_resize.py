@@ -330,3 +330,13 @@ def test_drawn_tokens_are_the_models(monkeypatch):
     ids = drawn(model)
     assert ids.shape == (16, 256) and ids.min() >= 0 and ids.max() < 1003 and torch.equal(ids, drawn(model))
     assert with_width(model, 24, ids, 0)[0].hidden_size == 24
+
+
+def test_the_text_is_read_from_every_file_in_turn(tokenizer, tmp_path):
+    for name, text in (("a.jsonl", "배가 나간다"), ("b.jsonl", "Ships go out"), ("c.txt", " ")):
+        (tmp_path / name).write_text(f'{{"text": "{text}"}}\n' * 50 if text.strip() else text, encoding="utf-8")
+    ids = calibration(tokenizer, [tmp_path], 16).flatten().tolist()
+    one, other = ([*tokenizer.start_ids, *tokenizer.encode(text)] for text in ("배가 나간다", "Ships go out"))
+    assert ids == ((one + other) * 50)[: len(ids)] and len(ids) > 10 * len(one + other)
+    with pytest.raises(InputError, match="empty"):
+        calibration(tokenizer, [tmp_path / "c.txt"], 16)

@@ -31,8 +31,9 @@ def english(number: int) -> str:
 
 
 DIRTY = [
-    (korean(1), ""), (english(1), ""), (korean(2), ""), (korean(1).replace(".", "!"), "duplicate"),
-    (english(1) + " And that was all.", "near duplicate"), (korean(3).encode().decode("latin-1"), "broken"),
+    (korean(1), ""), (english(1), ""), (korean(2), ""), (korean(1), "duplicate"),
+    (english(1).replace(".", "!") + " And that was all.", "near duplicate"),
+    (korean(3).encode().decode("latin-1"), "broken"),
     ("Der Fluss war breit und die Brücke war alt, aber nicht so alt wie das Dorf auf der anderen Seite.", "language"),
     ("Ship", "short"), (english(2), ""), (korean(2), "duplicate"),
 ]  # fmt: skip
@@ -76,9 +77,9 @@ def test_a_stream_is_read_no_further_than_asked(monkeypatch):
 
 
 def test_talk_is_dropped_only_as_broken_or_the_very_same():
-    talk = [Document(None, messages, f"c:{n}") for n, messages in enumerate([TALK, TALK[:1], TALK, [
-        {"role": "user", "content": korean(1).encode().decode("latin-1")}]])]  # fmt: skip
-    assert [one.reason for one in Cleaner().verdicts(talk)] == ["", "", "duplicate", "broken"]
+    said = ("1 + 2?", "1 - 2?", "👍", "❤️", "1 + 2?", korean(1).encode().decode("latin-1"))
+    talk = [Document(None, [{"role": "user", "content": text}, TALK[1]], "c:1") for text in said]
+    assert [one.reason for one in Cleaner().verdicts(talk)] == ["", "", "", "", "duplicate", "broken"]
 
 
 def test_against_evaluation_files(tmp_path):

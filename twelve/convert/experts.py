@@ -141,15 +141,15 @@ def _to_dense(
     for name in moe:
         used = found[f"{name}.experts"]
         shared = [state.pop(f"{name}.shared_experts.{part}_proj.weight", None) for part in ("gate", "up", "down")]
-        room = size - (len(shared[0]) if shared[0] is not None else 0)
+        room = size - width * (config.n_shared_experts or 0)
         order = used.argsort(descending=True)[: max(0, -(-room // width))]
         gates = used[order] * used.sum() / used[order].sum()
         both, down = state.pop(f"{name}.experts.gate_up_proj"), state.pop(f"{name}.experts.down_proj")
         both, down = both[order].unflatten(1, (2, width)), down[order] * gates.to(down)[:, None, None]
         gate, up, down = both[:, 0].flatten(0, 1), both[:, 1].flatten(0, 1), down.movedim(0, 1).flatten(1)
-        if shared[0] is not None:
-            gate, up, down = (torch.cat(pair, dim=n) for pair, n in zip(
-                ((shared[0], gate), (shared[1], up), (shared[2], down)), (0, 0, 1), strict=True))  # fmt: skip
+        if config.n_shared_experts:
+            gate, up, down = (torch.cat((first, rest), dim) for first, rest, dim in zip(
+                shared, (gate, up, down), (0, 0, 1), strict=True))  # fmt: skip
         missing = max(0, size - len(gate))
         gate, up = (torch.cat((w, _drawn(w, missing, w.std(), draw)))[:size].contiguous() for w in (gate, up))
         down = torch.cat((down, down.new_zeros(len(down), missing)), 1)[:, :size].contiguous()

@@ -93,33 +93,36 @@ class GGUFFile:
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """The tensor, or with `index` one along its first dimension, as float32 in memory of its own."""
-        info, blocks = self.tensors[name], self._blocks(name)
-        shape, start = info.shape, info.start
-        if index is not None:
-            size, shape = len(blocks) // shape[0], shape[1:]
-            blocks, start = blocks[index * size : (index + 1) * size], start + index * size * blocks.itemsize
-        floats, step = np.empty((len(blocks), info.type.size), np.float32), max(1, CHUNK // info.type.size)
+        kind, (shape, blocks, start) = self.tensors[name].type, self._part(name, index)
+        floats, step = np.empty((len(blocks), kind.size), np.float32), max(1, CHUNK // kind.size)
         for first in range(0, len(blocks), step):
-            info.type.read(blocks[first : first + step], floats[first : first + step])
+            kind.read(blocks[first : first + step], floats[first : first + step])
         self._forget(start, blocks.nbytes)
         return torch.from_numpy(floats).view(shape)
 
-    def packed(self, name: str, order: np.ndarray | None = None) -> Packed:
-        """A matrix [N, K] of a type that has a `form`, its rows in the order [N] if given, in memory of its own."""
-        info, blocks = self.tensors[name], self._blocks(name)
-        rows = blocks.reshape(info.shape[0], -1)
+    def packed(self, name: str, order: np.ndarray | None = None, index: int | None = None) -> Packed:
+        """A matrix [N, K] of a type that has a `form`, or with `index` one of a stack, in memory of its own.
+
+        order [N]: of its rows, where it is not the file's.
+        """
+        info, (shape, blocks, start) = self.tensors[name], self._part(name, index)
+        rows = blocks.reshape(shape[0], -1)
         rows = rows if order is None else rows[order]
         if info.type.form.bits == 8:
             numbers = rows["weights"].view(np.uint8) ^ 0x80  # from -128 ... 127 to 0 ... 255
         else:
             numbers = rows["packed"].copy()
         scales = rows["scale"].copy() if info.type.form.symmetric else np.stack((rows["scale"], rows["low"]), axis=-1)
-        self._forget(info.start, blocks.nbytes)
+        self._forget(start, blocks.nbytes)
         return pack_bytes(torch.from_numpy(numbers), torch.from_numpy(scales))
 
-    def _blocks(self, name: str) -> np.ndarray:
+    def _part(self, name: str, index: int | None) -> tuple[tuple[int, ...], np.ndarray, int]:
+        """The shape of a tensor, or of one along its first dimension, its blocks, and where they begin."""
         info = self.tensors[name]
-        return np.frombuffer(self._data, info.type.layout, prod(info.shape) // info.type.size, info.start)
+        shape = info.shape if index is None else info.shape[1:]
+        size = prod(shape) // info.type.size
+        start = info.start + (index or 0) * size * info.type.layout.itemsize
+        return shape, np.frombuffer(self._data, info.type.layout, size, start), start
 
     def _forget(self, position: int, size: int) -> None:
         """Let go of the pages read, which would count as this process's memory until the file is closed."""

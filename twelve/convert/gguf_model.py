@@ -52,8 +52,8 @@ KEPT = (JOINED, "mlp.gate.weight")  # never packed
 class GGUFModel:
     """A `huggingface.Source`: a GGUF file, its tensors named and their rows ordered as in a Hugging Face folder.
 
-    packed: matrices of Q4_0, Q4_1 and Q8_0 keep their numbers, as a packed folder's two tensors; those of experts, and
-    the one that absorbed attention takes apart, become floats.
+    packed: matrices of Q4_0, Q4_1 and Q8_0 keep their numbers, as a packed folder's two tensors; a layer's experts do
+    where all are of one type.
     """
 
     def __init__(self, path: Path, packed: bool = False) -> None:
@@ -71,34 +71,74 @@ class GGUFModel:
         self._rotated: dict[str, int] = {}  # name of a projection whose rows are reordered -> its heads
         if values["model_type"] == "llama":
             self._rotated = {"q_proj": values["num_attention_heads"], "k_proj": values["num_key_value_heads"]}
-        self._forms: dict[str, Form] = {}  # name of a weight that stays packed -> how
+        self._forms: dict[str, Form] = {}  # name of a module whose weights stay packed -> how
+        self._packed: dict[str, tuple[str, list[str]]] = {}  # name of packed weights or scales -> weights', the file's
         self._last: tuple[str, Packed | None] = "", None
         if packed:
-            for name, (stored, index) in self._places.items():
-                form = file.tensors[stored].type.form
-                if form and index is None and len(self.shapes[name]) == 2 and not name.endswith(KEPT):
-                    self._forms[name] = form
-        for name, form in self._forms.items():
-            empty = Packed.empty(self.shapes[name], form, "meta")
-            self.shapes[name], self.shapes[_scales(name)] = tuple(empty.weights.shape), tuple(empty.scales.shape)
+            self._keep_matrices()
+            self._keep_experts()
+
+    def _keep_matrices(self) -> None:
+        for name, (stored, index) in self._places.items():
+            form, shape = self._file.tensors[stored].type.form, self.shapes[name]
+            if form and index is None and len(shape) == 2 and not name.endswith(KEPT):
+                self._keep(name, [stored], shape, form)
+                self._forms[name.removeprefix("model.").removesuffix(".weight")] = form
+
+    def _keep_experts(self) -> None:
+        c, tensors, kept = self.config, self._file.tensors, set()
+        for layer in (index for index in range(c.num_hidden_layers) if c.is_moe_layer(index)):
+            experts, width, name = c.n_routed_experts, c.moe_intermediate_size, f"layers.{layer}.mlp.experts"
+            gate, up, down = (f"blk.{layer}.{part}" for part in EXPERTS)
+            wide, narrow = (experts, width, c.hidden_size), (experts, c.hidden_size, width)
+            found = [tensors.get(stored) for stored in (gate, up, down)]
+            if None in found or [one.shape for one in found] != [wide, wide, narrow]:
+                continue
+            form = found[0].type.form
+            if form and all(one.type.form == form for one in found):
+                both = (experts, 2 * width, c.hidden_size)
+                self._keep(f"model.{name}.gate_up_packed_weight", [gate, up], both, form)
+                self._keep(f"model.{name}.down_packed_weight", [down], narrow, form)
+                self._forms[name] = form
+                kept |= {gate, up, down}
+        for name, (stored, _) in self._places.items():
+            if stored in kept:
+                del self.shapes[name]
+
+    def _keep(self, weight: str, stored: list[str], shape: tuple[int, ...], form: Form) -> None:
+        """Name the two packed tensors of a matrix, or stack of them, whose weights a folder calls `weight`."""
+        scales = weight.removesuffix("weight") + ("scales" if weight.endswith("packed_weight") else "packed_scales")
+        self._packed[weight] = self._packed[scales] = weight, stored
+        empty = Packed.empty(shape, form, "meta")
+        self.shapes[weight], self.shapes[scales] = tuple(empty.weights.shape), tuple(empty.scales.shape)
 
     def forms(self, plain: torch.nn.Module) -> dict[str, Form]:
         known = packable(plain)
-        forms = {n.removeprefix("model.").removesuffix(".weight"): form for n, form in self._forms.items()}
-        return {name: form for name, form in forms.items() if name in known}  # of no other is there a place
+        return {name: form for name, form in self._forms.items() if name in known}  # of no other is there a place
 
     def read(self, name: str) -> Tensor:
-        weight = name.replace("packed_scales", "weight")
-        order = self._order(weight)
-        if weight not in self._forms:
-            stored, index = self._places[name]
-            if stored.endswith(KEY_PART):
-                return self._join(stored)
-            tensor = self._file.tensor(stored, index)
-            return tensor if order is None else tensor[torch.from_numpy(order)]
-        if self._last[0] != weight:  # its scales are asked for next
-            self._last = weight, self._file.packed(self._places[weight][0], order)
-        return self._last[1].weights if name == weight else self._last[1].scales
+        if name in self._packed:
+            weight, stored = self._packed[name]
+            if self._last[0] != weight:  # its scales are asked for next
+                self._last = weight, self._read_packed(weight, stored)
+            return self._last[1].weights if name == weight else self._last[1].scales
+        stored, index = self._places[name]
+        if stored.endswith(KEY_PART):
+            return self._join(stored)
+        tensor, order = self._file.tensor(stored, index), self._order(name)
+        return tensor if order is None else tensor[torch.from_numpy(order)]
+
+    def _read_packed(self, weight: str, stored: list[str]) -> Packed:
+        """A matrix, or a stack whose matrices are the rows of all `stored` in turn, which fill whole panels."""
+        if len(self._file.tensors[stored[0]].shape) == 2:
+            return self._file.packed(stored[0], self._order(weight))
+        each = []
+        for expert in range(self.config.n_routed_experts):
+            parts = [self._file.packed(one, index=expert) for one in stored]
+            weights, scales = (torch.cat(x) for x in zip(*((part.weights, part.scales) for part in parts), strict=True))
+            each.append((weights, scales))
+        weights, scales = (torch.stack(x) for x in zip(*each, strict=True))
+        return Packed(weights, scales, sum(part.rows for part in parts))
 
     def _names(self, stored: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
         """The folder's names of a GGUF tensor, their shapes, and which of a stack each is; a tensor that a folder does
@@ -142,10 +182,6 @@ class GGUFModel:
 
     def tokenizer(self) -> Tokenizer:
         return read_tokenizer(self._file)
-
-
-def _scales(weight: str) -> str:
-    return weight.removesuffix("weight") + "packed_scales"
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------

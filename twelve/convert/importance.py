@@ -13,14 +13,15 @@ from twelve.model import Transformer
 from twelve.model.layers import RMSNorm
 from twelve.model.moe import Experts
 
-WINDOWS, WINDOW = 16, 256  # of drawn tokens, where there is no text
+WINDOWS = 16  # that are read
+LENGTH = 256  # of one, where there is no text and tokens are drawn
 TOKENS = 2048  # through the model at a time
 Hook = tuple[nn.Module, Callable]
 
 
 def drawn(model: Transformer, seed: int = 0) -> Tensor:
-    """Token ids [WINDOWS, T] int64 drawn evenly from the vocabulary, for when there is no text to read."""
-    length = min(WINDOW, model.config.max_position_embeddings)
+    """Token ids [WINDOWS, LENGTH or less] int64 drawn evenly from the vocabulary, for when there is no text to read."""
+    length = min(LENGTH, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (WINDOWS, length), generator=generator)
 

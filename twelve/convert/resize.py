@@ -7,7 +7,6 @@ through some text. Layers are changed here, experts in `experts.py`, width in `w
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from twelve.config import ModelConfig
 from twelve.convert.experts import with_experts
-from twelve.convert.importance import drawn, influence
+from twelve.convert.importance import WINDOWS, drawn, influence
 from twelve.convert.width import with_width
 from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import WINDOW, calibration
@@ -48,8 +47,11 @@ def resize(
     """
     _check(model, layers, width, tokenizer, texts)
     model, depth = model.eval(), model.config.num_hidden_layers
-    length = min(WINDOW, model.config.max_position_embeddings)
-    ids = calibration(tokenizer, texts, length) if texts else drawn(model, seed)
+    if texts:
+        ids = calibration(tokenizer, texts, min(WINDOW, model.config.max_position_embeddings))
+        ids = ids[:: -(-len(ids) // WINDOWS)]  # a part of it, from all of it, is enough for means
+    else:
+        ids = drawn(model, seed)
     if layers is not None and layers < depth:
         kept = sorted(influence(model, ids).topk(layers).indices.tolist()) if texts else spread(depth, layers)
         model = with_layers(model, kept)
@@ -77,8 +79,6 @@ def _check(
         raise InputError("hyper-connections allow fewer layers and other experts, not more layers or another width")
     if texts and tokenizer is None:
         raise InputError("the model has no tokenizer, so it cannot read --text")
-    if not texts and (width or config.hidden_size) < config.hidden_size:
-        print("no text (--text PATH): what to keep is measured on drawn tokens, which is worse", file=sys.stderr)
 
 
 def spread(depth: int, layers: int) -> list[int]:

@@ -55,7 +55,7 @@ class Contamination:
             raise InputError(f"{', '.join(map(str, paths))}: no text of {(n + 1) // 2} words or more to look for")
         self.rows = len(set(self.places))
         self.short = self.rows - len(looked_for)  # rows that have no text long enough to look for
-        self._begins = HashSet(np.unique(np.concatenate(begins)))
+        self._begins = HashSet(np.concatenate(begins))
         self._grams = {size: _first_places(parts) for size, parts in sorted(grams.items(), reverse=True)}
 
     @property

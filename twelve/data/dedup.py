@@ -1,4 +1,4 @@
-"""Documents that came before: the same words, or nearly.
+"""Documents that came before: the same text, or nearly.
 
 Two documents are alike as their sets of word n-grams (shingles) are: Jaccard's index, shared over all. A signature of
 60 minima under 60 hash functions estimates it, since two sets have a minimum in common as often as they share (MinHash,
@@ -38,7 +38,7 @@ OFFSETS = _draw.integers(0, 1 << 32, SIZE, dtype=np.uint32)
 class Signatures:
     """Of D documents."""
 
-    marks: np.ndarray  # [D] uint64: of all words in their order
+    marks: np.ndarray  # [D] uint64: of all characters, in lower case
     bands: np.ndarray  # [D, BANDS] uint32: keys
     minima: np.ndarray  # [D, SIZE] uint8
 
@@ -70,9 +70,7 @@ def sign(words: Words, grams: np.ndarray, first: np.ndarray) -> Signatures:
     for band in range(BANDS):
         for row in minima[band * ROWS : (band + 1) * ROWS]:
             keys[band] = mix(keys[band] * np.uint64(BASE) + row + np.uint64(band + 1))
-    marks = np.zeros(words.texts, np.uint64)
-    has_words = words.lengths > 0
-    marks[has_words] = words.windows(words.lengths)[words.first[:-1][has_words]]
+    marks = words.spans(words.edges[:-1], words.edges[1:])
     bands = (keys >> np.uint64(32)).astype(np.uint32)
     return Signatures(marks, bands.T.copy(), (minima & np.uint32(255)).astype(np.uint8).T.copy())
 
@@ -95,8 +93,8 @@ class Seen:
         return len(self._marks)
 
     def add(self, signatures: Signatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Add D documents. For each the number (in the order of adding) of an earlier one like it, or NONE; whether all
-        words are the same; and how alike they are, an estimate from ALIKE on where it is less than all.
+        """Add D documents. For each the number (in the order of adding) of an earlier one like it, or NONE; whether the
+        whole text is the same; and how alike they are: 1, or an estimate from ALIKE on.
 
         Every document counts as seen, the duplicates too. Of the earlier ones with the same key only the first is
         looked at.

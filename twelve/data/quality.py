@@ -44,7 +44,7 @@ MEANING = {  # of the reasons why a text is dropped
     "boilerplate": "what web pages say beside their text",
     "repetition": "says the same again and again",
     "contaminated": "has words in common with a file for evaluation",
-    "duplicate": "the same words as an earlier document",
+    "duplicate": "the same text as an earlier document",
     "near duplicate": "almost the same as an earlier document",
     "budget": "good enough, but others say more",
 }
@@ -156,7 +156,7 @@ def judge(
 
 
 def measure(words: Words, told: Told, grams: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
-    """What the rules look at: [D] each, shares but for `letters a word`."""
+    """What the rules look at: [D] each, shares or numbers a word, line or sentence."""
     counts = words.counts
     written = np.maximum(1, counts.sum(1) - counts[:, SPACE] - counts[:, LINE])
     lengths = np.maximum(1, words.lengths)
@@ -273,7 +273,7 @@ def _phrase_sets() -> tuple[HashSet, dict[int, HashSet]]:
         size = len(words.hashes)
         begins.append(words.hashes[0])
         by_size.setdefault(size, []).append(words.windows(size)[0])
-    return HashSet(np.unique(begins)), {size: HashSet(np.array(hashes)) for size, hashes in by_size.items()}
+    return HashSet(np.array(begins)), {size: HashSet(np.array(hashes)) for size, hashes in by_size.items()}
 
 
 @cache

@@ -20,7 +20,7 @@ import numpy as np
 from twelve.data.words import Words
 from twelve.errors import InputError
 
-SLOTS = 22  # bits; n-grams are counted in tables of 2^22 places, 16 MiB each, whatever the corpus
+SLOTS = 24  # bits; n-grams are counted in two tables of 2^24 places, 64 MiB each, whatever the corpus
 PRIOR = 50.0  # documents whose worth of p is taken as chosen before the first
 ROUNDS = 4  # in which a batch is chosen from, so that documents alike within it see each other
 
@@ -64,25 +64,20 @@ class Coverage:
         np.add.at(self._corpus, slots, np.uint32(1))
         self._documents += words.texts
 
-    def worth(self, text: np.ndarray, slots: np.ndarray, texts: int) -> np.ndarray:
-        """[texts]: the sum of p / q over the n-grams of each. Every text has been counted before."""
-        others = (self._corpus[slots] - np.uint32(1)).astype(np.float64) / max(1, self._documents)
-        chosen = (self._chosen[slots] + PRIOR * others) / (self._taken + PRIOR)
-        ratio = others / np.maximum(chosen, 1e-12)
-        return np.bincount(text, ratio, texts)
-
     def choose(
         self, words: Words, sizes: np.ndarray, groups: np.ndarray, scores: np.ndarray, quota: Quota
     ) -> np.ndarray:
         """[D] bool: which of a batch of texts to take, by worth a byte times `scores`, as far as `quota` goes.
 
-        `sizes` are bytes, `groups` the numbers that the quota has for them.
+        `sizes` are bytes, `groups` the numbers that the quota has for them. Every text has been counted before.
         """
         text, slots = _features(words)
+        others = (self._corpus[slots] - np.uint32(1)) / max(1, self._documents)  # p
         taken = np.zeros(words.texts, bool)
         quota.saw(groups, sizes)
         for round_ in range(ROUNDS):
-            worth = np.where(taken, -1.0, self.worth(text, slots, words.texts) * scores / np.maximum(1, sizes))
+            chosen = (self._chosen[slots] + PRIOR * others) / (self._taken + PRIOR)  # q
+            worth = np.bincount(text, others / np.maximum(chosen, 1e-12), words.texts) * scores / np.maximum(1, sizes)
             allowed = quota.allowed((round_ + 1) / ROUNDS)
             new = np.zeros(words.texts, bool)
             for number in np.argsort(-worth, kind="stable").tolist():
@@ -124,5 +119,6 @@ def _features(words: Words) -> tuple[np.ndarray, np.ndarray]:
     pairs = words.whole(2)
     slots = np.concatenate([words.hashes >> shift, words.windows(2)[pairs] >> shift])
     text = np.concatenate([words.text, words.text[pairs]]).astype(np.uint64)
-    keys = np.unique(text << np.uint64(SLOTS) | slots)
+    keys = np.sort(text << np.uint64(SLOTS) | slots)
+    keys = keys[np.diff(keys, prepend=~keys[:1]) != 0]
     return (keys >> np.uint64(SLOTS)).astype(np.int64), (keys & np.uint64((1 << SLOTS) - 1)).astype(np.int64)

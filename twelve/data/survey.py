@@ -20,7 +20,8 @@ from twelve.data.tokenizer import SAMPLE_BYTES_PER_ENTRY, Tokenizer
 from twelve.errors import InputError
 from twelve.files import read_json, write_json
 
-SAMPLED = 2 << 20  # bytes of text that are looked at
+SAMPLED = 4 << 20  # bytes of text that are looked at
+TRIED = 4  # one in so many of the documents is tokenised
 FILES = 8  # the largest of them, that are
 TRIAL_VOCABULARY = 2048  # of a tokenizer that is trained on the sample, to see how long that takes
 PASSES = 2  # a tokenizer's sample is drawn from all of the text; then all of it is encoded
@@ -31,7 +32,7 @@ KEPT = 50  # surveys in the cache
 class Survey:
     """Speeds are in seconds a byte of text; what need not be done takes none."""
 
-    text_bytes: int | None  # about; None where there is no telling (standard input)
+    text_bytes: int | None  # about; None where there is no telling (standard input), or no text yet
     tokens: int | None = None  # of shards, which are tokens already
     vocabulary: int | None = None  # of a tokenizer that exists
     bytes_per_token: float | None = None
@@ -42,9 +43,12 @@ class Survey:
     def preparing(self, vocabulary: int) -> float:
         """Seconds until the corpus is shards, with a tokenizer of so many entries."""
         text = self.text_bytes or 0
-        sample = min(text, SAMPLE_BYTES_PER_ENTRY * vocabulary)
         passes = PASSES if self.vocabulary is None else 1
-        return text * (passes * self.reading + self.encoding) + sample * self.learning
+        return text * (passes * self.reading + self.encoding) + self.sample(vocabulary) * self.learning
+
+    def sample(self, vocabulary: int) -> int:
+        """Bytes of text that a tokenizer of so many entries is trained on; none where there is one."""
+        return min(self.text_bytes or 0, SAMPLE_BYTES_PER_ENTRY * vocabulary) if self.vocabulary is None else 0
 
 
 def survey(paths: Sequence[str | Path], tokenizer: str | Path | None = None) -> Survey:
@@ -83,42 +87,56 @@ def _read(cache: Path) -> dict[str, dict[str, Any]]:
 
 
 def _look(files: Sequence[Path], words: Tokenizer | None) -> Survey:
-    size = sum(path.stat().st_size for path in files)
-    largest = sorted(files, key=lambda path: -path.stat().st_size)[:FILES]
-    sample, read, began, fault = [], 0, time.perf_counter(), None
+    sizes = {path: path.stat().st_size for path in files}
+    largest = sorted(files, key=lambda path: -sizes[path])[:FILES]
+    sample, text, stored, began, fault = [], 0.0, 0, time.perf_counter(), None
     for path in largest:
         try:
-            found, position = _begin(path, SAMPLED // len(largest))
+            found, ratio = _begin(path, SAMPLED // len(largest))
         except InputError as error:
             fault = error
             continue
         sample += found
-        read += position
+        text += ratio * sizes[path]
+        stored += sizes[path]
     reading = time.perf_counter() - began
     if not sample:
         raise fault or InputError(f"no text in {', '.join(map(str, files)) or 'nothing'}: the corpus is empty")
-    seen = sum(len(text.encode("utf-8", "replace")) for text in sample)
-    began, learning = time.perf_counter(), 0.0
-    trial = words
+    reading /= _bytes(sample)
+    sample, learning = sample[::TRIED], 0.0
+    seen, trial = _bytes(sample), words
     if trial is None:
+        began = time.perf_counter()
         trial = Tokenizer.train(sample, TRIAL_VOCABULARY)
         learning = time.perf_counter() - began
     began = time.perf_counter()
     tokens = sum(map(len, trial.encode_batch(sample, control=False)))
     encoding = time.perf_counter() - began
     return Survey(
-        text_bytes=round(size * seen / max(1, read)), vocabulary=words and words.vocab_size,
+        text_bytes=round(text / max(1, stored) * sum(sizes.values())), vocabulary=words and words.vocab_size,
         bytes_per_token=seen / max(1, tokens) if words else None,
-        reading=reading / seen, encoding=encoding / seen, learning=learning / seen,
+        reading=reading, encoding=encoding / seen, learning=learning / seen,
     )  # fmt: skip
 
 
-def _begin(path: Path, wanted: int) -> tuple[list[str], int]:
-    """The first documents of a file, and how many of its bytes on the disk they take."""
-    report, found, size = Report(), [], 0
+def _begin(path: Path, wanted: int) -> tuple[list[str], float]:
+    """The first documents of a file, and bytes of text for a byte of it on the disk.
+
+    Files are read in blocks: where one begins, all text before it is of the bytes before it, or of a fixed number more.
+    """
+    report, found, size, position = Report(), [], 0, 0
+    begun: list[tuple[int, int]] = []  # text, place in the file
     for document in read_documents([path], report):
+        if report.position != position:
+            begun += [(size, position)] if size else []
+            position = report.position
+            if size >= wanted and len(begun) > 1:
+                (text, place), (more, further) = begun[0], begun[-1]
+                return found, (more - text) / (further - place)
         found += texts([document])
-        size += len(found[-1])
-        if size >= wanted:
-            break
-    return found, min(report.position, path.stat().st_size)
+        size += _bytes(found[-1:])
+    return found, size / max(1, path.stat().st_size)
+
+
+def _bytes(sample: Sequence[str]) -> int:
+    return sum(len(text.encode("utf-8", "replace")) for text in sample)

@@ -124,7 +124,7 @@ def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure | dict
                 print(f"{path} {chosen.language}: {chosen}")
         if wanted.facts:
             found += _recall(network, tokenizer, invented(wanted.seed, wanted.facts, wanted.languages))
-        engine = Engine(network, tokenizer)
+        engine = Engine(network, tokenizer) if wanted.tasks else None
         for name in wanted.tasks:
             task = known_tasks.get(name)
             spoken, most = getattr(task, "LANGUAGES", wanted.languages), getattr(task, "MAX_TOKENS", MAX_TOKENS)

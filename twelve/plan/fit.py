@@ -34,6 +34,7 @@ class Request:
     gflops: float  # of the type that is computed in
     threads: int
     text_bytes: int | None = None  # of the corpus; None: there is no end to it
+    sample: Callable[[int], int] = lambda vocabulary: 0  # bytes of text that a tokenizer is to be trained on
     vocabulary: int | None = None  # of a tokenizer that exists, or is asked for
     bytes_per_token: float | None = None  # of that tokenizer
     context: int | None = None
@@ -57,7 +58,7 @@ class Choice:
     steps: int
     tokens_per_second: float
     epochs: float  # 0 without a corpus
-    memory: dict[str, int]  # bytes by component
+    memory: dict[str, int]  # bytes by component, when most is held
     bits: float  # a byte, of text like that of the scaling runs
     error: float
 
@@ -93,12 +94,26 @@ def choose(request: Request, rows: Sequence[Row]) -> list[Choice]:
             f"{request.memory / 2**30:.2f} GiB are too little to train any model: the smallest needs "
             f"{min(needed) / 2**30:.2f} GiB"
         )
+    if not possible and _too_short(request, rows):
+        raise InputError(
+            f"{request.text_bytes:,} bytes of text, read {EPOCHS} times, are too few for {LEAST_STEPS} steps: give "
+            "more text, or a smaller --batch or --context"
+        )
     if not possible:
         raise InputError(
             f"{longest:.0f} s are left for training once everything else is done, too few for {LEAST_STEPS} steps of "
             "the smallest model: ask for more minutes"
         )
     return sorted(possible, key=lambda choice: (choice.bits, choice.config.hidden_size))
+
+
+def _too_short(request: Request, rows: Sequence[Row]) -> bool:
+    """Whether the text is what there is too little of."""
+    if request.text_bytes is None:
+        return False
+    step = (request.batch or 1) * (request.context or min(row["context"] for row in rows))
+    per_token = request.bytes_per_token or bytes_per_token(rows, request.vocabulary or 1)
+    return EPOCHS * request.text_bytes < LEAST_STEPS * step * per_token
 
 
 def _shapes(request: Request, rows: Sequence[Row]) -> Iterable[tuple[int, int, int, int]]:
@@ -139,12 +154,13 @@ def _planned(
     steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))
     if data_tokens:
         steps = min(steps, max(1, EPOCHS * data_tokens // (batch * context)))
-    micro = batch
+    micro, before = batch, memory.tokenizing(request.sample(vocabulary))
     while True:
         taken = memory.training(config, micro, context, data_tokens=data_tokens, compiled=request.compiled)
         if sum(taken.values()) <= request.memory or micro == 1:
             break
         micro = -(-micro // 2)
+    taken = max(taken, before, key=lambda parts: sum(parts.values()))
     epochs = steps * batch * context / data_tokens if data_tokens else 0.0
     rate = request.learning_rate or nearest["rate"]
     return Choice(config, experts, batch, micro, context, rate, steps, speed, epochs, taken, np.inf, np.inf)

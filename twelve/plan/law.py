@@ -20,7 +20,7 @@ from twelve.files import read_json
 from twelve.plan import cost
 
 ROWS = Path(__file__).with_name("scaling.json")
-EXPONENTS = np.linspace(0.1, 1.2, 12)  # that are tried for a and b
+EXPONENTS = np.linspace(0.1, 1.2, 23)  # that are tried for a and b
 USUAL, SPREAD, DOUBT = (0.34, 0.28), 0.3, 0.02  # Chinchilla's a and b; how far others may be, in bits per byte of error
 SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N, of which the rest is of active ones
 PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
@@ -128,14 +128,17 @@ def _fit(every: np.ndarray) -> Law:
             part = terms[..., used]  # [exponents, marks, used]
             square = part.mT @ part + 1e-9 * np.eye(len(used))
             found = np.linalg.solve(square, part.mT @ bits[:, None])  # [exponents, used, 1]
-            loss = ((part @ found)[..., 0] - bits) ** 2
-            loss = np.where((found >= 0).all((-2, -1)), loss.sum(-1) + prior, np.inf)
+            loss = (((part @ found)[..., 0] - bits) ** 2).sum(-1) + prior
+            allowed = (found >= 0).all((-2, -1))
+            free, loss = int(loss.argmin()), np.where(allowed, loss, np.inf)
             at = int(loss.argmin())
             if loss[at] < least - 1e-12:
                 least, values = loss[at], np.zeros(3)
                 values[used] = found[at, :, 0]
                 floor, size, data = map(float, values)
                 best = Law(floor, size, float(a[at]), data, float(b[at]), sparse, unit)
+            if at == free:  # with fewer terms it cannot be better
+                break
     return best
 
 

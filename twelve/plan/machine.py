@@ -24,6 +24,7 @@ ROUNDS, BUDGET = (5, 15), 3.0  # of each measurement: least, most, and seconds f
 PRODUCT = (2048, 512, 1024)  # rows, inner and columns of the product: a small model's tokens and widths
 COPIED = 128 << 20  # bytes of the copy that measures memory: far above any cache
 WRITTEN = 64 << 20  # bytes of the file that measures the disk
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -80,7 +81,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _measured() -> Machine:
-    timers = {name: product for name, product in ((dtype, _product(dtype)) for dtype in _TYPES) if product}
+    timers = {name: product for name in TYPES if (product := _product(name)) is not None}
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
     timers["copy"] = lambda: target.copy_(source)
@@ -104,13 +105,10 @@ def _measured() -> Machine:
     )  # fmt: skip
 
 
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
 def _product(name: str, device: str = "cpu", scale: int = 1) -> Callable[[], Any] | None:
     """A product of that type, to be timed; None where torch has none."""
     rows, inner, columns = (scale * size for size in PRODUCT)
-    left, right = (torch.ones(shape, dtype=_TYPES[name], device=device) for shape in ((rows, inner), (inner, columns)))
+    left, right = (torch.ones(shape, dtype=TYPES[name], device=device) for shape in ((rows, inner), (inner, columns)))
 
     def run() -> Any:
         return torch._int_mm(left, right) if name == "int8" else left @ right

@@ -19,8 +19,9 @@ FLOAT = 4
 RUNTIME = 330 << 20  # Python, torch, tokenizers and their threads, before there is a model
 ROUTING = 30 << 20  # what the libraries load and keep when experts are used
 ROOM = 1.05  # of activations, for what lies between their pieces
-COMPILER = 500 << 20  # what torch.compile keeps, besides
+COMPILER = 110 << 20  # what torch.compile keeps, besides
 LOGIT_ROWS, QUERY_BLOCK = 512, 128  # of a chunk of logits (model/layers.py) and of scores (model/fast.py)
+SAMPLE = 22  # bytes for a byte of text that a tokenizer is trained on
 PAGE = 64  # tokens of a page of keys and values
 
 
@@ -119,6 +120,11 @@ def training(
         "orthogonalising": FLOAT * _orthogonalising(config) if muon else 0,
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def tokenizing(sample: int) -> dict[str, int]:
+    """Bytes by component while a tokenizer is trained on so many bytes of text."""
+    return {"python and torch": RUNTIME, "training the tokenizer": SAMPLE * sample}
 
 
 def kept(config: ModelConfig) -> int:

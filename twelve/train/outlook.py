@@ -35,7 +35,7 @@ class Outlook:
 
     best: Choice  # as this moment's speed of the machine makes it
     choices: list[Choice]  # all that fit, by the speed that the machine was measured with, the best first
-    corpus: Survey | None  # None: text without an end
+    corpus: Survey
     machine: Machine
     times: dict[str, float]
 
@@ -106,8 +106,8 @@ def expect(
     """
     if not minutes > 0:
         raise InputError(f"{minutes:g} minutes are no time: ask for more with --minutes")
-    corpus = survey(paths, tokenizer) if paths else None
-    if corpus is not None and corpus.text_bytes is not None and corpus.text_bytes < LEAST_TEXT:
+    corpus = survey(paths, tokenizer) if paths else Survey(None)
+    if corpus.text_bytes is not None and corpus.text_bytes < LEAST_TEXT:
         raise InputError(
             f"{', '.join(map(str, paths))}: {corpus.text_bytes:,} bytes of text are too little to learn from "
             f"(at least {LEAST_TEXT:,}); give more, or name a model's sizes to train it all the same"
@@ -122,18 +122,18 @@ def expect(
     times = {"starting": STARTING, "trial steps": TRIAL + (COMPILING if compile else 0)}
 
     def seconds(config: ModelConfig) -> float:
-        return 60 * minutes - sum(times.values()) - _preparing(corpus, config) - _closing(config)
+        return 60 * minutes - sum(times.values()) - corpus.preparing(config.vocab_size) - _closing(config)
 
     request = Request(
-        seconds, limit, _speed(machine, target), machine.threads, text_bytes=corpus and corpus.text_bytes,
-        vocabulary=(corpus and corpus.vocabulary) or vocab_size, bytes_per_token=corpus and corpus.bytes_per_token,
+        seconds, limit, _speed(machine, target), machine.threads, text_bytes=corpus.text_bytes, sample=corpus.sample,
+        vocabulary=corpus.vocabulary or vocab_size, bytes_per_token=corpus.bytes_per_token,
         context=context, batch=batch, learning_rate=learning_rate, mtp=mtp, switches=switches or {}, compiled=compile,
     )  # fmt: skip
     rows = load()
     choices = choose(request, rows)
     now_possible = choose(replace(request, gflops=now), rows)
     best = next((choice for choice in now_possible if choice.config == choices[0].config), choices[0])
-    times["preparing the data"] = _preparing(corpus, best.config)
+    times["preparing the data"] = corpus.preparing(best.config.vocab_size)
     times["training"] = best.seconds
     times["saving"] = _closing(best.config)
     return Outlook(best, choices, corpus, machine, times)
@@ -190,10 +190,6 @@ def _limit(machine: Machine, device: torch.device, asked: int | None) -> int:
             "--memory"
         )
     return min(int(FREE * free), asked or free)
-
-
-def _preparing(corpus: Survey | None, config: ModelConfig) -> float:
-    return corpus.preparing(config.vocab_size) if corpus is not None else 0.0
 
 
 def _closing(config: ModelConfig) -> float:

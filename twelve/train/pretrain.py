@@ -13,6 +13,7 @@ from twelve.data.corpus import tokenize
 from twelve.data.shards import META, PackedData
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
+from twelve.heap import give_back
 from twelve.model import Transformer
 from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
@@ -146,6 +147,7 @@ def _shards(
         return Path(paths[0])
     shards = folder / "training" / "data"
     tokenize(paths, shards, tokenizer, vocab_size, filter=filter, progress=not quiet)
+    give_back()  # hundreds of megabytes, after a tokenizer was trained
     return shards
 
 
