@@ -197,7 +197,7 @@ class Clock:
 
 
 def show(found: dict[str, dict], options: argparse.Namespace) -> None:
-    print(f"{options.model}, {options.items} items, {options.threads} thread(s), {platform.processor()}; points of 100")
+    print(f"{options.model}, {options.items} items, {options.threads} thread(s), {platform.machine()}; points of 100")
     for name, one in found.items():
         for language, scores in one["scores"].items():
             told = (f"{metric} {100 * value:.2f} ± {100 * error:.2f}" for metric, (value, error) in scores.items())

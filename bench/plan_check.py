@@ -60,7 +60,7 @@ def compare(request: str, threads: list[str], options: argparse.Namespace) -> di
         "plan": {name: expected[name] for name in ("seconds", "tokens", "bits_per_byte")}
         | {"memory": sum(expected["memory"].values())},
         "outcome": {"seconds": round(seconds, 1), "memory": held, "tokens": run["tokens"], "loss": run["loss"]},
-        "model": plan["model"], "parameters": run["parameters"],
+        "shape": plan["shape"], "parameters": run["parameters"],
         "same_shape": all(expected[name] == later[name] for name in ("width", "layers", "experts", "vocab_size")),
     }  # fmt: skip
 
@@ -80,7 +80,7 @@ def verb(arguments: list[str], expected: int = 0) -> tuple[str, float, int]:
 
 def show(row: dict) -> None:
     plan, outcome = row["plan"], row["outcome"]
-    print(f"{row['request']}: {row['model']}" + ("" if row["same_shape"] else " (the run chose another shape)"))
+    print(f"{row['request']}: {row['shape']}" + ("" if row["same_shape"] else " (the run chose another shape)"))
     late = outcome["seconds"] - plan["seconds"]
     told = [("seconds", abs(late) <= max(0.05 * plan["seconds"], 20))]
     told += [(name, 0.75 <= outcome[name] / plan[name] <= 1.25) for name in ("memory", "tokens")]

@@ -239,7 +239,7 @@ def export(options: argparse.Namespace) -> None:
 
     same = [row for row in rows if shared(row) == shared(rows[-1])]
     told = {key: rows[-1][key] for key in ("processor", "torch")} | shared(rows[-1])
-    dropped = {"settings", "processor", "torch"}
+    dropped = {"settings", "processor", "torch", "peak_memory", "planned_memory"}
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in same]
     write_json(options.export, {"made": "bench/scaling.py", **told, "rows": kept})
     print(f"{len(kept)} of {len(rows)} rows in {options.export}")

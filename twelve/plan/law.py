@@ -1,8 +1,11 @@
 """What scaling runs say (scaling.json, made by bench/scaling.py): bits per byte by size and text, and speed by shape.
 
 Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size, D the bytes of text read, which
-unlike tokens compare vocabularies. How fast a shape trains follows from its arithmetic and from the share of the
-processor's measured speed that runs of its kind reach, which falls with the width.
+unlike tokens compare vocabularies. Interpolating between runs would need no law, and cannot say anything beside them;
+`bench/scaling.py --check` compares the two on runs that are left out.
+
+How fast a shape trains follows from its arithmetic and from the share of the processor's measured speed that runs of
+its kind reach.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from twelve.files import free_bytes, read_json, write_json
 
 ROUNDS, BUDGET = (5, 15), 3.0  # of each measurement: least, most, and seconds for them all; their median counts
 PRODUCT = (2048, 512, 1024)  # rows, inner and columns of the product: a small model's tokens and widths
-COPIED = 128 << 20  # bytes of the copy that measures memory: far above any cache
-WRITTEN = 64 << 20  # bytes of the file that measures the disk
+COPIED = 64 << 20  # bytes of the copy that measures memory: above most caches, and below what a training holds
+WRITTEN = 32 << 20  # bytes of the file that measures the disk
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 CGROUPS = Path("/sys/fs/cgroup")
 

@@ -67,7 +67,7 @@ class Outlook:
         inside = f"{best.experts} experts, {c.num_experts_per_tok} a token" if best.experts else "dense"
         micro = f" in parts of {best.micro_batch}" if best.micro_batch < best.batch else ""
         return {
-            "model": f"width {c.hidden_size}, {c.num_hidden_layers} layers, {inside}; vocabulary {c.vocab_size:,}",
+            "shape": f"width {c.hidden_size}, {c.num_hidden_layers} layers, {inside}; vocabulary {c.vocab_size:,}",
             "training": f"{best.steps:,} steps of {best.batch} x {best.context} tokens{micro}, learning rate "
             f"{best.learning_rate:g} with a decay over the last 40%",
             "why": self._why(),
