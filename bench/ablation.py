@@ -5,9 +5,11 @@
 A run is a process of its own on one thread, `--workers` at a time, and leaves its row in rows.jsonl: the same command
 goes on where it stopped. With one seed all arms read the same batches in the same order, for the same seconds of
 training that the processor worked for them; measuring is not counted. Where other work slows the memory down, run all
-arms at a time, even on one core: it then slows them alike. Bits a byte of the held-out texts are measured at token marks that all arms share,
-and at the end. Equal seconds compares the ends. Equal tokens compares the last mark that every run passed before its
-learning rate began to fall: at later ones the arms are at different points of the schedule.
+arms at a time, even on one core: it then slows them alike.
+
+Bits a byte of the held-out texts are measured at token marks that all arms share, and at the end. Equal seconds
+compares the ends. Equal tokens compares the last mark that every run passed before its learning rate began to fall: at
+later ones the arms are at different points of the schedule.
 
 Parameters are those of the model that is kept, so without MTP modules; the table's count among all, and the rows that a
 token reads among the active ones. +experts is plain with as many more parameters in routed experts as the table has, so

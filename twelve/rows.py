@@ -1,8 +1,8 @@
 """Rows of numbers, taken and put by their numbers: of a safetensors file that is changed in place, or of memory.
 
-The file is mapped: the kernel holds in memory what is used, and the file may be larger than that. Rows that change often
-can be held in memory instead, if there is so much. Where the process may not have so many addresses (`ulimit -v`) rows
-are read and written one after another. The results are the same.
+The file is mapped: the kernel holds in memory what is used, and the file may be larger than that. Rows that change
+often can be held in memory instead, if there is so much. Where the process may not have so many addresses (`ulimit -v`)
+rows are read and written one after another. The results are the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rows:
         self.count, self.width = shape
         self.dtype, self.array, self.descriptor, self.offset = dtype, array, descriptor, offset
         self.row_bytes = self.width * dtype.itemsize
-        self._changed: np.ndarray | None = None  # of rows held in memory: [pages] bool, what their file does not have yet
+        self._changed: np.ndarray | None = None  # of rows held in memory: [pages] bool, what the file does not have yet
 
     @staticmethod
     def zeros(shape: tuple[int, int], dtype: np.dtype) -> Rows:
