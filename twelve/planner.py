@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twelve import heap
 from twelve.config import ModelConfig, deepseek_v2_lite, deepseek_v3
 from twelve.convert.huggingface import config_from
 from twelve.errors import InputError
@@ -22,7 +23,6 @@ from twelve.plan.gpus import (
     sharded,
 )
 from twelve.plan.machine import Machine
-from twelve.plan.machine import memory as machine_memory
 from twelve.plan.memory import TablePlan, reinforcement, training
 from twelve.train.outlook import Outlook, expect
 
@@ -146,7 +146,7 @@ def _energy(seconds: float, watts: float, price: float | None, currency: str) ->
 def of_model(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
     """Sizes of any model that the configuration describes, whether it fits here or not."""
     context = context or min(config.max_position_embeddings, TRAINING_CONTEXT)
-    counts, (_, free) = cost.parameters(config), machine_memory()
+    counts, (_, free) = cost.parameters(config), heap.memory()
     parts = training(config, 1, context)
     result: dict[str, Any] = {
         "parameters": counts.total, "active_parameters": counts.active, "embedding_parameters": counts.embedding,

@@ -57,22 +57,3 @@ def test_without_a_cache_it_is_measured_each_time(quick):
     quick.parent.write_text("a file where the folder would be")
     found = machine.measure()
     assert found.gflops["float32"] > 0 and found.disk_gb_s == 0
-
-
-def test_a_container_has_less(monkeypatch, tmp_path):
-    total, _ = machine.memory()
-    for folder, names in ((tmp_path, ("memory.max", "memory.current", "inactive_file")),
-                          (tmp_path / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes",
-                                                 "total_inactive_file"))):  # fmt: skip
-        folder.mkdir(exist_ok=True)
-        most, now, cached = names
-        (folder / most).write_text("1000000\n")
-        (folder / now).write_text("700000\n")
-        (folder / "memory.stat").write_text(f"anon 1\n{cached} 200000\n")
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    if not list(machine._limits()):
-        pytest.skip("this process is in no control group")
-    assert machine.memory() == (1_000_000, 500_000)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        (tmp_path / name).write_text("max\n")
-    assert machine.memory()[0] == total

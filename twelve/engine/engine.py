@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from twelve.engine.stepper import Stats, Stepper
 from twelve.engine.tiers import Tiers
 from twelve.engine.turns import Turns
 from twelve.errors import InputError
+from twelve.heap import memory
 
 MOST_KV_MEMORY = 4 * 2**30  # bytes, unless asked for more
 
@@ -228,8 +228,4 @@ def free_memory(model) -> int:
     device = getattr(model, "device", torch.device("cpu"))
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:  # what can be had without swapping; the system call knows only the unused
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return memory()[1]

@@ -19,13 +19,13 @@ import torch
 from twelve.compiler import cache_folder
 from twelve.errors import InputError
 from twelve.files import free_bytes, read_json, write_json
+from twelve.heap import memory
 
 ROUNDS, BUDGET = (5, 15), 3.0  # of each measurement: least, most, and seconds for them all; their median counts
 PRODUCT = (2048, 512, 1024)  # rows, inner and columns of the product: a small model's tokens and widths
 COPIED = 64 << 20  # bytes of the copy that measures memory: above most caches, and below what a training holds
 WRITTEN = 32 << 20  # bytes of the file that measures the disk
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -165,43 +165,6 @@ def _gpus() -> Iterator[dict[str, Any]]:
             run()
             speed = round(_work(scale) / statistics.median(_seconds(run) for _ in range(ROUNDS[1])) / 1e9, 1)
         yield {"name": properties.name, "memory": properties.total_memory, "gflops": speed}
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of RAM in all, and those that can be had now: of the machine, or of the container where that has less."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = page * os.sysconf("SC_PHYS_PAGES")
-    available = total // 2  # where the system does not say
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for limit, used in _limits():
-        total, available = min(total, limit), min(available, max(0, limit - used))
-    return total, available
-
-
-def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of every control group that this process is in (version 1 or 2), and those above it."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
-            base = CGROUPS / "memory" if controllers else CGROUPS
-            names = ("memory.max", "memory.current")
-            if controllers:
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            inside = base / place.strip("/")
-            for folder in (inside, *inside.parents):
-                if folder.is_relative_to(base):
-                    yield from _limit(folder, *names)
-
-
-def _limit(folder: Path, most: str, now: str) -> Iterator[tuple[int, int]]:
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = int((folder / most).read_text()), int((folder / now).read_text())  # "max" is no number: no limit
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        yield limit, used - int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))  # these pages can go
 
 
 def _cores() -> int:
