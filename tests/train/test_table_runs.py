@@ -99,7 +99,8 @@ def test_the_command_line_sets_the_switches_and_prints_what_they_take(text, tmp_
     assert "rows of 32 int8" in printed and "reads 16 rows" in printed and "distinct 3-grams" in printed
     config = load(out)[0].config
     assert (config.engram_layer_ids, config.engram_vocab_size, config.hc_mult) == ([0, 2], 53, 2)
-    assert main([*arguments[:2], "--out", str(tmp_path / "x"), "--engram-layers", "9", "--vocab-size", "300"]) == 2
+    arguments[3] = str(tmp_path / "other")
+    assert main([*arguments, "--engram-layers", "9"]) == 2
     assert "no layer 9" in capsys.readouterr().err
 
 
