@@ -118,7 +118,7 @@ def _command(paths: Sequence[str], asked: dict[str, Any]) -> str:
 def _told(machine: Machine) -> str:
     speeds = ", ".join(f"{name} {speed:,.0f}" for name, speed in machine.gflops.items())
     return (
-        f"{machine.threads} threads of {machine.cores} cores; GFLOP/s: {speeds}; memory {machine.memory_gb_s:g} GB/s, "
+        f"threads {machine.threads}, cores {machine.cores}; GFLOP/s: {speeds}; memory {machine.memory_gb_s:g} GB/s, "
         f"{machine.memory_available / 2**30:.1f} of {machine.memory_total / 2**30:.1f} GiB free"
     )
 
