@@ -13,7 +13,7 @@ demo: .venv/run.stamp
 
 test: .venv/test.stamp
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .

@@ -31,7 +31,7 @@ pretrain(
     width=options.width, layers=4, experts=4, context=256, batch=8,
 )  # fmt: skip
 
-model, tokenizer = twelve.load(options.out)  # transformers loads this folder, too
+model, tokenizer = twelve.load(options.out)
 engine = make_engine(model, tokenizer)
 asked = [Request([*tokenizer.start_ids, *tokenizer.encode(text)], 40, 0.7, seed=1) for text in options.begin]
 for text, answer in zip(options.begin, engine.generate(asked), strict=True):

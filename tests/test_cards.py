@@ -50,7 +50,7 @@ def room(tmp_path_factory):
     (place / "task.py").write_text(TASK)
     text, small = str(place / "data" / "text.jsonl"), {"steps": 2, "quiet": True}
     pretrain([text], place / "base", seed=7, vocab_size=400, width=64, layers=2, experts=4, experts_per_token=2,
-             context=128, batch=2, **small)  # fmt: skip
+             context=128, batch=2, switches={"engram_vocab_size": 500}, **small)  # fmt: skip
     sft(place / "base", [str(place / "talk.jsonl")], place / "tuned", seed=3, batch=2, context=64, **small)
     rl(place / "tuned", place / "rewarded", [str(place / "task.py")], seed=4, prompts=2, group=2, problems=2,
        max_tokens=4, method="rejection", **small)  # fmt: skip

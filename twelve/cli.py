@@ -227,8 +227,8 @@ SHAPE = {
     "memory", "tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp", "start", "filter",
 }  # fmt: skip
 PLAN = {
-    "minutes", "memory", "tokenizer", "vocab_size", "batch", "context", "mtp", "watts", "price", "currency", "model",
-    "gpus", "parameters", "tokens", "utilisation", "rent", "device",
+    "minutes", "memory", "tokenizer", "vocab_size", "filter", "batch", "context", "mtp", "watts", "price", "currency",
+    "model", "gpus", "parameters", "tokens", "utilisation", "rent", "device",
 }  # fmt: skip
 SWITCHES = {"hc_mult", "engram_vocab_size", "engram_layers", "engram_dtype"}
 ENGINE = {"kv_memory", "warm_memory", "speculation", "selection"}

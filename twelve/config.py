@@ -83,6 +83,8 @@ class ModelConfig:
     engram_kernel_size: int = 4  # taps of the short convolution, dilated by engram_max_ngram_size; 0: none
     engram_pad_id: int = 2  # compressed token that stands for those before the document begins
     engram_seed: int = 0
+    # layers that the hashes were drawn for, where Engrams have moved since; -1 is one that is gone
+    engram_hash_layers: list[int] | None = None  # None: engram_layer_ids
     engram_dtype: str = "float32"  # of the rows at rest
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -94,6 +96,8 @@ class ModelConfig:
         if self.head_dim is None and not self.is_mla:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        if self.engram_hash_layers == self.engram_layer_ids:
+            self.engram_hash_layers = None
         self._check()
 
     @property
@@ -171,6 +175,14 @@ class ModelConfig:
                     f"engram_layer_ids: there is no layer {index}, they are 0 to {self.num_hidden_layers - 1}",
                 )
             need(len(set(self.engram_layer_ids)) == len(self.engram_layer_ids), "engram_layer_ids has a layer twice")
+            if self.engram_hash_layers is not None:
+                numbers = [number for number in self.engram_hash_layers if number != -1]
+                need(
+                    all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers)
+                    and len(set(numbers)) == len(numbers) == len(self.engram_layer_ids),
+                    f"engram_hash_layers {self.engram_hash_layers} must name one layer for each of engram_layer_ids, "
+                    "no two the same, and -1 elsewhere",
+                )
             need(self.engram_max_ngram_size >= 2, f"engram_max_ngram_size {self.engram_max_ngram_size} is below 2")
             for key in ("engram_n_heads", "engram_head_dim", "engram_vocab_size"):
                 need(getattr(self, key) > 0, f"{key} must be positive")
@@ -220,6 +232,8 @@ class ModelConfig:
             dropped |= {key for key in values if key.startswith("hc_")}
         if not self.engram_layer_ids:
             dropped |= {key for key in values if key.startswith("engram_")}
+        if self.engram_hash_layers is None:
+            dropped |= {"engram_hash_layers"}
         if self.model_type not in ("twelve", "deepseek_v2", "deepseek_v3"):
             dropped |= {
                 "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
@@ -257,6 +271,15 @@ def deepseek_v2_lite() -> ModelConfig:
             "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
         },
     )  # fmt: skip
+
+
+def with_memory(switches: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The `switches` of `small_v3` for a model of the user's text: with Engram, since that predicts it better at equal
+    seconds (docs/lab.md), unless their engram_vocab_size is 0."""
+    switches = {"engram_vocab_size": 16384, **(switches or {})}
+    if switches["engram_vocab_size"]:
+        return switches
+    return {key: value for key, value in switches.items() if not key.startswith("engram_")}
 
 
 def small_v3(

@@ -42,7 +42,7 @@ COLD, SHARPEN = 0.5, 0.21  # shares of the time: the cold start; RL, and its con
 METRICS = Path("training", "metrics.jsonl")  # in a model folder
 MODEL = {
     "vocab_size": 512, "width": 128, "layers": 4, "experts": 8, "experts_per_token": 2, "mtp": 0, "context": 256,
-    "batch": 16, "learning_rate": 4e-3,
+    "batch": 16, "learning_rate": 4e-3, "switches": {"engram_vocab_size": 0},  # sums have no n-grams to remember
 }  # fmt: skip
 STEP = {"prompts": 24, "group": 8, "max_tokens": 128, "problems": 32}
 STAGES = {"cold_start": "cold start", "rl": "after RL", "control": "control"}

@@ -108,11 +108,17 @@ def _command(paths: Sequence[str], asked: dict[str, Any]) -> str:
     if options["memory"]:
         options["memory"] = f"{options['memory'] / 2**20:.0f}MiB"
     given = (
-        f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+        f"--{name.replace('_', '-')}{_value(value)}"
         for name, value in options.items()
-        if value is not None
+        if value is not None and value is not False
     )
     return " ".join(["twelve pretrain", *map(str, paths or ["PATH"]), *given])
+
+
+def _value(value: Any) -> str:
+    if value is True:
+        return ""
+    return f" {value:g}" if isinstance(value, float) else f" {value}"
 
 
 def _told(machine: Machine) -> str:

@@ -108,7 +108,7 @@ def room(tmp_path_factory):
             said = {"role": "assistant", "content": f"<think>{'ho ' * (n % 3)}12</think><answer>12</answer>"}
             file.write(json.dumps({"messages": [asked, said]}) + "\n")
     pretrain([str(place / "talk.jsonl")], place / "teacher", steps=40, width=64, layers=3, experts=4, vocab_size=300,
-             context=64, batch=4, quiet=True)  # fmt: skip
+             context=64, batch=4, switches={"engram_vocab_size": 500}, quiet=True)  # fmt: skip
     return place
 
 

@@ -60,7 +60,7 @@ def room(tmp_path_factory):
                                   {"role": "assistant", "content": said}]})  # fmt: skip
     (place / "talk.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in talk))
     pretrain([str(place / "talk.jsonl")], place / "model", steps=70, width=64, layers=1, experts=0, vocab_size=330,
-             context=128, batch=8, learning_rate=1e-2, quiet=True)  # fmt: skip
+             context=128, batch=8, learning_rate=1e-2, switches={"engram_vocab_size": 500}, quiet=True)  # fmt: skip
     return SimpleNamespace(path=place, model=str(place / "model"), task=[str(place / "ships.py")])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twelve.config import small_v3
+from twelve.config import small_v3, with_memory
 from twelve.data.corpus import tokenize
 from twelve.data.survey import survey
 from twelve.data.tokenizer import Tokenizer
@@ -64,6 +64,8 @@ def test_a_survey_knows_how_much_text_there_is(text, tmp_path):
     assert (shards.text_bytes, shards.vocabulary) == (size, entries) and shards.preparing(entries) == 0
     words = survey([text], tmp_path / "tokens")
     assert words.vocabulary == entries and words.bytes_per_token == pytest.approx(shards.bytes_per_token, rel=0.1)
+    dirty = survey([text], filter=True)
+    assert dirty.filtering > dirty.reading and dirty.preparing(300) > survey([text]).preparing(300)
     assert survey(["-"]).text_bytes is None
     with pytest.raises(InputError, match="no such file"):
         survey([tmp_path / "none.txt"])
@@ -84,8 +86,8 @@ def test_pretraining_without_sizes_takes_the_plans_and_a_resume_keeps_them(text,
     chosen = json.loads((tmp_path / "whole" / "training" / "plan.json").read_text())
     expected = chosen["outlook"]
     shape = (chosen["config"]["vocab_size"], expected["width"], expected["layers"], expected["experts"], 2, 256)
-    planned = small_v3(*shape).to_dict()
-    for key in ("hidden_size", "num_hidden_layers", "n_routed_experts", "moe_intermediate_size"):
+    planned = small_v3(*shape, **with_memory()).to_dict()
+    for key in ("hidden_size", "num_hidden_layers", "n_routed_experts", "moe_intermediate_size", "engram_layer_ids"):
         assert chosen["config"][key] == planned[key]
     assert f"width {expected['width']}, {expected['layers']} layers" in told and "why " in told
     # the text is short, so the run ends when it was read four times
@@ -110,6 +112,19 @@ def test_sizes_that_are_given_need_no_plan(text, tmp_path, monkeypatch):
     made = json.loads((tmp_path / "run" / "training" / "plan.json").read_text())
     assert made["config"]["num_hidden_layers"] == 4 and made["config"]["n_routed_experts"] == 8  # as ever
     assert (made["learning_rate"], made["micro_batch_size"], made["outlook"]) == (4e-3, 2, {})
+    assert (made["config"]["model_type"], made["config"]["engram_layer_ids"]) == ("twelve", [1, 2])
+
+
+def test_zero_rows_leave_the_memory_out(text, known, tmp_path):
+    without = {"engram_vocab_size": 0, "engram_dtype": "int8"}
+    assert with_memory({"hc_mult": 4, **without}) == {"hc_mult": 4} and with_memory()["engram_vocab_size"] > 0
+    pretrain([text], tmp_path / "run", steps=1, width=64, vocab_size=300, context=32, batch=2, quiet=True,
+             switches=without)  # fmt: skip
+    made = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert made["model_type"] == "deepseek_v3" and not any(key.startswith("engram") for key in made)
+    asked = {"minutes": 3, "memory": 4 * GIB}
+    plain, whole = (plan([str(text)], **asked, switches=given) for given in (without, None))
+    assert "memory of" in whole["shape"] and "memory of" not in plain["shape"]
 
 
 def test_a_memory_limit_makes_micro_batches_smaller(text, tmp_path):
@@ -122,6 +137,7 @@ def test_a_memory_limit_makes_micro_batches_smaller(text, tmp_path):
 
 
 def test_the_verb_tells_of_a_run(text, known):
+    assert plan([str(text)], minutes=5, filter=True)["next"] == f"twelve pretrain {text} --minutes 5 --filter"
     result = plan([str(text)], minutes=5, memory=2 * GIB, watts=100.0, price=0.5, currency="EUR")
     expected = result["expected"]
     assert result["next"] == f"twelve pretrain {text} --minutes 5 --memory 2048MiB"

@@ -22,7 +22,7 @@ from twelve.train.pretrain import pretrain
 from twelve.train.sft import sft
 
 SMALL = {"width": 64, "layers": 2, "experts": 4, "experts_per_token": 2, "vocab_size": 300, "context": 32, "batch": 4,
-         "quiet": True}  # fmt: skip
+         "switches": {"engram_vocab_size": 0}, "quiet": True}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

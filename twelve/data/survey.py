@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from twelve.compiler import cache_folder
+from twelve.data.cleaning import Cleaner
 from twelve.data.corpus import texts
 from twelve.data.reader import STDIN, Report, find_files, read_documents
 from twelve.data.shards import META, PackedData
@@ -39,20 +40,21 @@ class Survey:
     reading: float = 0.0
     encoding: float = 0.0
     learning: float = 0.0  # a tokenizer, for a byte of what it is trained on
+    filtering: float = 0.0
 
     def preparing(self, vocabulary: int) -> float:
         """Seconds until the corpus is shards, with a tokenizer of so many entries."""
         text = self.text_bytes or 0
         passes = PASSES if self.vocabulary is None else 1
-        return text * (passes * self.reading + self.encoding) + self.sample(vocabulary) * self.learning
+        return text * (self.filtering + passes * self.reading + self.encoding) + self.sample(vocabulary) * self.learning
 
     def sample(self, vocabulary: int) -> int:
         """Bytes of text that a tokenizer of so many entries is trained on; none where there is one."""
         return min(self.text_bytes or 0, SAMPLE_BYTES_PER_ENTRY * vocabulary) if self.vocabulary is None else 0
 
 
-def survey(paths: Sequence[str | Path], tokenizer: str | Path | None = None) -> Survey:
-    """Look at the files of `paths` (as `tokenize` takes them), some seconds at most; InputError where nothing is text.
+def survey(paths: Sequence[str | Path], tokenizer: str | Path | None = None, filter: bool = False) -> Survey:
+    """Look at the files of `paths` that `tokenize` takes, some seconds at most; InputError where nothing is text.
 
     A file that cannot be read is left for `tokenize` to name. What was seen is kept in the user's cache, so that files
     that did not change give the same again.
@@ -68,10 +70,10 @@ def survey(paths: Sequence[str | Path], tokenizer: str | Path | None = None) -> 
     cache = cache_folder() / "surveys.json"
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    key = hashlib.sha256(json.dumps([stats, words and words.fingerprint, cores]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([stats, words and words.fingerprint, cores, filter]).encode()).hexdigest()
     known = _read(cache)
     if key not in known:
-        known[key] = asdict(_look(files, words))
+        known[key] = asdict(_look(files, words, filter))
         with contextlib.suppress(OSError, InputError):
             write_json(cache, dict(list(known.items())[-KEPT:]))
     return Survey(**known[key])
@@ -86,7 +88,7 @@ def _read(cache: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _look(files: Sequence[Path], words: Tokenizer | None) -> Survey:
+def _look(files: Sequence[Path], words: Tokenizer | None, filter: bool) -> Survey:
     sizes = {path: path.stat().st_size for path in files}
     largest = sorted(files, key=lambda path: -sizes[path])[:FILES]
     sample, text, stored, began, fault = [], 0.0, 0, time.perf_counter(), None
@@ -112,10 +114,15 @@ def _look(files: Sequence[Path], words: Tokenizer | None) -> Survey:
     began = time.perf_counter()
     tokens = sum(map(len, trial.encode_batch(sample, control=False)))
     encoding = time.perf_counter() - began
+    filtering = 0.0
+    if filter:
+        began = time.perf_counter()
+        Cleaner().assess(sample, [False] * len(sample))
+        filtering = reading + (time.perf_counter() - began) / seen
     return Survey(
         text_bytes=round(text / max(1, stored) * sum(sizes.values())), vocabulary=words and words.vocab_size,
         bytes_per_token=seen / max(1, tokens) if words else None,
-        reading=reading, encoding=encoding / seen, learning=learning / seen,
+        reading=reading, encoding=encoding / seen, learning=learning / seen, filtering=filtering,
     )  # fmt: skip
 
 

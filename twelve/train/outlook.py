@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twelve.config import ModelConfig
+from twelve.config import ModelConfig, with_memory
 from twelve.data.survey import Survey, survey
 from twelve.errors import InputError
 from twelve.model.transformer import has_compiler
@@ -65,6 +65,8 @@ class Outlook:
         """What was chosen, and why."""
         c, best = self.best.config, self.best
         inside = f"{best.experts} experts, {c.num_experts_per_tok} a token" if best.experts else "dense"
+        if c.engram_layer_ids:
+            inside += f"; a memory of {cost.table_rows(c):,} rows"
         micro = f" in parts of {best.micro_batch}" if best.micro_batch < best.batch else ""
         return {
             "shape": f"width {c.hidden_size}, {c.num_hidden_layers} layers, {inside}; vocabulary {c.vocab_size:,}",
@@ -96,7 +98,7 @@ def expect(
     paths: Sequence[str | Path], minutes: float, *, memory: int | None = None, device: str | None = None,
     tokenizer: str | None = None, vocab_size: int | None = None, context: int | None = None, batch: int | None = None,
     learning_rate: float | None = None, mtp: int = 0, switches: dict[str, Any] | None = None,
-    compile: bool | None = None,
+    compile: bool | None = None, filter: bool = False,
 ) -> Outlook:  # fmt: skip
     """The best training of so many minutes for everything.
 
@@ -106,7 +108,7 @@ def expect(
     """
     if not minutes > 0:
         raise InputError(f"{minutes:g} minutes are no time: ask for more with --minutes")
-    corpus = survey(paths, tokenizer) if paths else Survey(None)
+    corpus = survey(paths, tokenizer, filter) if paths else Survey(None)
     if corpus.text_bytes is not None and corpus.text_bytes < LEAST_TEXT:
         raise InputError(
             f"{', '.join(map(str, paths))}: {corpus.text_bytes:,} bytes of text are too little to learn from "
@@ -127,7 +129,8 @@ def expect(
     request = Request(
         seconds, limit, _speed(machine, target), machine.threads, text_bytes=corpus.text_bytes, sample=corpus.sample,
         vocabulary=corpus.vocabulary or vocab_size, bytes_per_token=corpus.bytes_per_token,
-        context=context, batch=batch, learning_rate=learning_rate, mtp=mtp, switches=switches or {}, compiled=compile,
+        context=context, batch=batch, learning_rate=learning_rate, mtp=mtp,
+        switches=with_memory(switches), compiled=compile,
     )  # fmt: skip
     rows = load()
     choices = choose(request, rows)

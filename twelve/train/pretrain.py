@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twelve import convert
-from twelve.config import ModelConfig, small_v3
+from twelve.config import ModelConfig, small_v3, with_memory
 from twelve.data.corpus import tokenize
 from twelve.data.shards import META, PackedData
 from twelve.data.tokenizer import Tokenizer
@@ -37,15 +37,15 @@ def pretrain(
     muon: bool = True, compile: bool | None = None, device: str | None = None, switches: dict[str, Any] | None = None,
     start: str | Path | None = None, filter: bool = False, started: float | None = None, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train a V3-shape model on documents and save it as a folder; the same call again resumes.
+    """Train a V3-shape model with a memory on documents and save it as a folder; the same call again resumes.
 
     `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context`
-    tokens. `switches` are more keys of the config, of hyper-connections (hc_) and memory (engram_). One of `minutes`
-    (for everything, from `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes if none
-    does. Where minutes are given and none of the model's sizes, a plan chooses what is not given (`outlook.expect`);
-    else DEFAULTS do. `memory`: bytes that the process is to stay below, by smaller micro-batches and models. `start`: a
-    model whose weights, sizes and tokenizer the run begins with. `filter`: drop bad text first. Returns the figures of
-    the run. Raises InputError for bad input and Interrupted on Ctrl-C.
+    tokens. `switches` are more keys of the config, of hyper-connections (hc_) and memory (engram_; an engram_vocab_size
+    of 0 leaves it out). One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps`
+    sets the length; 10 minutes if none does. Where minutes are given and none of the model's sizes, a plan chooses what
+    is not given (`outlook.expect`); else DEFAULTS do. `memory`: bytes that the process is to stay below, by smaller
+    micro-batches and models. `start`: a model whose weights, sizes and tokenizer the run begins with. `filter`: drop
+    bad text first. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
     """
     if minutes is None and steps is None:
         minutes = 10.0
@@ -67,6 +67,7 @@ def pretrain(
             outlook = expect(
                 paths, minutes, memory=memory, device=device, tokenizer=tokenizer, vocab_size=vocab_size,
                 context=context, batch=batch, learning_rate=learning_rate, mtp=mtp, switches=switches, compile=compile,
+                filter=filter,
             )  # fmt: skip
             print(*(f"{name:<9} {told}" for name, told in outlook.lines().items()), sep="\n", flush=True)
             chosen = outlook.to_dict()
@@ -81,7 +82,7 @@ def pretrain(
             shape = (sizes[name] for name in ("width", "layers", "experts", "experts_per_token", "context"))
             micro = chosen.get("micro_batch")
             if start is None:
-                config = small_v3(words.vocab_size, *shape, mtp, **(switches or {}))
+                config = small_v3(words.vocab_size, *shape, mtp, **with_memory(switches))
                 config.bos_token_id = words.bos_id
                 config.eos_token_id = words.eos_id
                 config.pad_token_id = words.pad_id
@@ -153,9 +154,10 @@ def _shards(
 
 def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
     start = plan.options.get("start")
+    memory = " with a conditional memory (Engram)" if plan.config.get("engram_layer_ids") else ""
     made = f"Pretrained on text, from the weights of `{start}` on." if start else ""
     return {
-        "made": made or "A small language model in DeepSeek-V3's shape, pretrained on text.",
+        "made": made or f"A small language model in DeepSeek-V3's shape{memory}, pretrained on text.",
         "parents": [start] if start else [],
         "measured": {
             "tokens seen": f"{figures['tokens']:,} of {plan.data['tokens']:,} in the data",
