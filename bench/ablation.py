@@ -19,23 +19,18 @@ with the same arithmetic a token. Several learning rates give a row each, and th
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+import runs
 
 from twelve import report
 from twelve.config import ModelConfig, small_v3
-from twelve.data.shards import META, PackedData
+from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
-from twelve.files import read_json
 from twelve.model.engram import NGramHash
 
 ARMS = {
@@ -62,17 +57,15 @@ def configure(arm: str, words: Tokenizer, options: argparse.Namespace) -> ModelC
         more = round(NGramHash(with_table).total_rows * with_table.engram_head_dim / (moe_layers * expert))
     config = small_v3(words.vocab_size, width, options.layers, options.experts + more, mtp=int("mtp" in parts), **shape,
                       **switches)  # fmt: skip
-    return replace(config, bos_token_id=words.bos_id, eos_token_id=words.eos_id, pad_token_id=words.pad_id)
+    return runs.with_tokenizer(config, words)
 
 
-def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: Path) -> dict:
-    """Train one arm for its minutes; its row. The table lies in `folder`, as in any training."""
+def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: Path) -> runs.Row:
+    """Train one arm for its minutes; what it measures. The table lies in `folder`, as in any training."""
     import torch
 
     from twelve.heap import keep_freed_memory
     from twelve.model import Transformer, count_parameters
-    from twelve.train.loop import NO_END, Supervised
-    from twelve.train.plan import Plan, describe
     from twelve.train.precision import pick_device, pick_precision
 
     torch.set_num_threads(1)
@@ -81,45 +74,22 @@ def run(arm: str, seed: int, rate: float, options: argparse.Namespace, folder: P
     clock = time.process_time if device.type == "cpu" else time.monotonic
     data, words = PackedData(options.out / "tokens"), Tokenizer.load(options.out / "tokens")
     config = configure(arm, words, options)
-    plan = Plan(
-        stage="pretrain", options={}, config=config.to_dict(), data=describe(data), context=options.context,
-        batch_size=options.batch, micro_batch_size=options.batch, learning_rate=rate, seed=seed, threads=1,
-        precision=pick_precision(device),
-    )  # fmt: skip
     model = Transformer(config).init_weights(seed).to(device)
     if model.memory is not None:
         model.memory.use_tokenizer(words)
-    (folder / "training").mkdir()
-    trainer = Supervised(model, lambda step: data.batch(step, plan.batch_size, plan.context, seed), plan, folder)
-    budget, spent, marks = 60 * options.minutes, 0.0, []
-    while spent < budget:
-        known = trainer.step > plan.warmup  # the speed: the schedule's end follows the clock
-        plan.revisions = [(0, max(trainer.step + 1, round(trainer.step * budget / spent)) if known else NO_END)]
-        falling = plan.in_decay(trainer.step)
-        began = clock()
-        figures = trainer.train_step()
-        spent += clock() - began
+    trainer = runs.pretraining(model, data, folder, context=options.context, batch=options.batch, learning_rate=rate,
+                               seed=seed, precision=pick_precision(device))  # fmt: skip
+
+    def measure() -> dict[str, float]:
+        return runs.bits_of(model, words, options.held_out, options.context, options.limit)
+
+    spent, marks = 0.0, []
+    for spent, falling, figures in runs.timed_steps(trainer, 60 * options.minutes, clock):
         if trainer.tokens // options.mark > len(marks):
             at = {"tokens": trainer.tokens, "seconds": spent, "falling": falling, "loss": figures["loss"]}
-            marks.append(at | measure(model, words, options))
-    return {
-        "arm": arm, "seed": seed, "rate": rate, "settings": settings(options), **count_parameters(config),
-        "steps": trainer.step, "tokens": trainer.tokens, "seconds": spent, "marks": marks,
-        "end": measure(model, words, options),
-    }  # fmt: skip
-
-
-def measure(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
-    """Bits a byte of every held-out text."""
-    from twelve.evaluate.bits import bits_per_byte
-
-    model.eval()
-    bits = {
-        name: bits_per_byte(model, words, path, options.context, options.limit).bits_per_byte
-        for name, path in options.held_out
-    }
-    model.train()
-    return bits
+            marks.append(at | measure())
+    return {**count_parameters(config), "steps": trainer.step, "tokens": trainer.tokens, "seconds": spent,
+            "marks": marks, "end": measure()}  # fmt: skip
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -128,7 +98,7 @@ def measure(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="*", metavar="TEXT", help="to train on; tokenised once, into OUT/tokens")
-    parser.add_argument("--held-out", nargs="+", type=_named, required=True, metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="+", type=runs.named, required=True, metavar="NAME=PATH")
     parser.add_argument("--limit", type=int, default=40, help="documents of each that are measured (default: 40)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
@@ -138,66 +108,36 @@ def main() -> None:
     for name, value in {"width": 128, "layers": 6, "experts": 8, "experts-per-token": 2, "context": 256,
                         "batch": 16, "vocab-size": 4096}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--device", help="default: what there is")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--one", nargs=3, metavar=("ARM", "SEED", "RATE"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/ablation")
     options = parser.parse_args()
-    if options.one:
-        arm, seed, rate = options.one
+    if job := options.one:
         with tempfile.TemporaryDirectory(dir=options.out) as folder:
-            row = run(arm, int(seed), float(rate), options, Path(folder))
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            found = run(job["arm"], job["seed"], job["rate"], options, Path(folder))
+        runs.add_row(options.out, job | found)
         return
-    if not (options.out / "tokens" / META).exists():
-        from twelve.data.corpus import tokenize
-
-        tokenize(options.text, options.out / "tokens", None, options.vocab_size)
-    run_all(options)
-    rows = read_rows(options)
+    runs.tokenized(options.text, options.out / "tokens", options.vocab_size)
+    failed = runs.run_all(jobs(options), "{arm}, seed {seed}, learning rate {rate:g}", options.out, options.workers)
+    rows = runs.read_rows(options.out, settings(options))
     languages = [name for name, _ in options.held_out]
     print_table(rows, languages)
     write_report(options.out / "report.html", rows, languages)
     if options.plot:
         options.plot.write_text(plot(rows, languages), encoding="utf-8")
-
-
-def _named(value: str) -> tuple[str, str]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, path
+    runs.end(failed)
 
 
 def settings(options: argparse.Namespace) -> dict:
     """What makes two rows comparable."""
-    data = read_json(options.out / "tokens" / META)["sha256"]
+    data = runs.data_hash(options.out / "tokens")
     return {name: getattr(options, name) for name in SETTINGS} | {"held_out": dict(options.held_out), "data": data}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    done = {(row["arm"], row["seed"], row["rate"]) for row in read_rows(options)}
-
-    def start(job: tuple[int, float, str]) -> None:
-        seed, rate, arm = job
-        if (arm, seed, rate) in done:
-            return
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(seed), str(rate)]
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        said = ended.stderr[-300:] if ended.returncode else "done"
-        print(f"{arm}, seed {seed}, learning rate {rate:g}: {said}", flush=True)
-
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, product(options.seeds, options.learning_rate, options.arms)))
-
-
-def read_rows(options: argparse.Namespace) -> list[dict]:
-    """The rows of runs with these settings."""
-    path = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["settings"] == settings(options)]
+def jobs(options: argparse.Namespace) -> list[runs.Job]:
+    same = settings(options)
+    return [{"arm": arm, "seed": seed, "rate": rate, "settings": same}
+            for seed, rate, arm in product(options.seeds, options.learning_rate, options.arms)]  # fmt: skip
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
@@ -233,30 +173,6 @@ def differences(rows: list[dict], arm: str, rates: dict[str, float], language: s
     return [other[seed] - plain[seed] for seed in sorted(other.keys() & plain.keys())]
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def paired(values: list[float]) -> float:
-    """Two-sided p-value of Student's t-test that the mean of these differences is 0.
-
-    The distribution function is a finite sum for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
-    """
-    average, error = spread(values)
-    if not error > 0:
-        return math.nan
-    freedom = len(values) - 1
-    angle = math.atan(abs(average / error) / math.sqrt(freedom))
-    odd = freedom % 2
-    total, term = 0.0, math.cos(angle) if odd else 1.0
-    for power in range(odd, freedom - 1, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-    inside = math.sin(angle) * total
-    return 1 - ((angle + inside) * 2 / math.pi if odd else inside)
-
-
 def verdicts(rows: list[dict], languages: list[str]) -> list[dict]:
     """A line for every arm, language and way to compare."""
     rates, mark = best_rates(rows, languages), common_mark(rows)
@@ -266,9 +182,10 @@ def verdicts(rows: list[dict], languages: list[str]) -> list[dict]:
             continue
         changes = differences(rows, arm, rates, language, at)
         if changes:
-            average, error = spread(changes)
-            found.append({"equal": how, "text": language, "arm": arm, "rate": rates[arm], "change": average,
-                          "error": error, "p": paired(changes), "seeds": len(changes), "changes": changes})  # fmt: skip
+            average, error = runs.spread(changes)
+            found.append({"equal": how, "text": language, "arm": arm, "rate": rates[arm],
+                          "change": average, "error": error, "p": runs.paired(changes), "seeds": len(changes),
+                          "changes": changes})  # fmt: skip
     return found
 
 
@@ -291,7 +208,7 @@ def summary(rows: list[dict], languages: list[str]) -> list[dict]:
     for arm, rate in product(ARMS, sorted({row["rate"] for row in rows})):
         if mine := chosen(rows, arm, rate):
             first = mine[0]
-            ends = {name: spread([row["end"][name] for row in mine]) for name in languages}
+            ends = {name: runs.spread([row["end"][name] for row in mine]) for name in languages}
             lines.append({
                 "arm": arm, "rate": rate, "seeds": len(mine), "parameters": f"{first['total'] / 1e6:.2f}M",
                 "of them table": f"{first['table'] / 1e6:.2f}M", "active": f"{first['active'] / 1e6:.2f}M",
@@ -325,31 +242,22 @@ def plot(rows: list[dict], languages: list[str]) -> str:
     found = verdicts(rows, languages)
     reach = 1.1 * max((abs(change) for line in found for change in line["changes"]), default=1.0)
     left, width, gap, height = 110, 210, 240, 26
-    unit, parts, bottom = width / 2 / reach, [], 0
+    parts, bottom = [], 0
     for column, how in enumerate(("tokens", "seconds")):
         middle, y = left + column * (width + gap) + width / 2, 58
         parts.append(f'<text x="{middle}" y="42" text-anchor="middle">equal {how}</text>')
         for line in (line for line in found if line["equal"] == how):
-            value, error = line["change"] * unit, (0 if math.isnan(line["error"]) else line["error"]) * unit
-            name = f"{line['arm']}, {line['text']}"
-            parts.append(
-                f'<text x="{middle - width / 2 - 10}" y="{y + 14}" text-anchor="end">{name}</text>'
-                f'<rect x="{middle + min(0, value):.1f}" y="{y + 2}" width="{abs(value):.1f}" height="16" '
-                f'fill="{"#3b6ea8" if value < 0 else "#b5723f"}"/>'
-                f'<path d="M{middle + value - error:.1f} {y + 10}h{2 * error:.1f}" stroke="#222" stroke-width="2"/>'
-                f'<text x="{middle + width / 2 + 8}" y="{y + 14}">{line["change"]:+.4f} ± {line["error"]:.4f}</text>'
-            )
-            dots = (middle + change * unit for change in line["changes"])
-            parts += [f'<circle cx="{dot:.1f}" cy="{y + 10}" r="2.2" fill="#222"/>' for dot in dots]
+            fill = "#3b6ea8" if line["change"] < 0 else "#b5723f"
+            parts += [
+                runs.label(middle - width / 2 - 10, y, f"{line['arm']}, {line['text']}", "end"),
+                runs.bar(middle, y, width / 2 / reach, line["changes"], fill),
+                runs.label(middle + width / 2 + 8, y, f"{line['change']:+.4f} ± {line['error']:.4f}"),
+            ]
             y += height
         parts.append(f'<path d="M{middle} 50V{y}" stroke="#222"/>')
         bottom = max(bottom, y)
     title = "Bits a byte against plain: less is better; mean, standard error, and every seed"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * (width + gap)} {bottom + 10}" '
-        f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="10" y="20" font-weight="bold">{title}</text>{"".join(parts)}</svg>\n'
-    )
+    return runs.svg(title, left + 2 * (width + gap), bottom + 10, parts)
 
 
 if __name__ == "__main__":

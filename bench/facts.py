@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+
+import runs
 
 from twelve import report
 from twelve.config import small_v3
@@ -30,7 +27,6 @@ from twelve.data.corpus import tokenize
 from twelve.data.reader import read_documents
 from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
-from twelve.evaluate.bits import bits_per_byte
 from twelve.evaluate.facts import CHOICES, as_told, documents, facts, recall, without_memory
 
 MODELS = ("engram", "plain")
@@ -82,15 +78,18 @@ def shape_of(model: str, vocab_size: int) -> dict:
     wide = 2  # of feed-forward layers, in halves of the width, less one
     while count_parameters(small_v3(vocab_size, **SHAPE, experts_per_token=wide))["active"] < asked:
         wide += 1
-    return {**SHAPE, "experts_per_token": wide}
+    return {**SHAPE, "experts_per_token": wide, "switches": {"engram_vocab_size": 0}}
 
 
-def run(model: str, seed: int, options: argparse.Namespace) -> dict:
-    """The row of one model; trains whatever is not there yet."""
+def run(model: str, seed: int, options: argparse.Namespace) -> runs.Row:
+    """What one model measures; trains whatever is not there yet."""
+    import torch
+
     from twelve.convert import load
     from twelve.model import count_parameters
     from twelve.train.pretrain import pretrain
 
+    torch.set_num_threads(1)
     tokens, folder = options.out / f"tokens-{seed}", options.out / f"{model}-{seed}"
     words, data = Tokenizer.load(tokens), PackedData(tokens)
     if not (folder / "config.json").exists():
@@ -100,18 +99,17 @@ def run(model: str, seed: int, options: argparse.Namespace) -> dict:
                  learning_rate=options.learning_rate)  # fmt: skip
     network, _ = load(folder, device="cpu")
     known = facts(seed, options.count)
-    row = {"model": model, "seed": seed, "settings": settings(options), "tokens": data.tokens}
-    row |= {**count_parameters(network.config), "ways": {model: measure(network, words, known, options)}}
+    ways = {model: measure(network, words, known, options)}
     if model == "engram":
         with without_memory(network):
-            row["ways"]["zeroed"] = measure(network, words, known, options)
-    return row
+            ways["zeroed"] = measure(network, words, known, options)
+    return {"tokens": data.tokens, **count_parameters(network.config), "ways": ways}
 
 
 def measure(network, words: Tokenizer, known: list, options: argparse.Namespace) -> dict:
     """Recall in each wording and language, and bits a byte of each held-out text."""
     network.eval()
-    bits = {name: bits_per_byte(network, words, path, limit=HELD_OUT).bits_per_byte for name, path in options.held_out}
+    bits = runs.bits_of(network, words, options.held_out, limit=HELD_OUT)
     recalled = {
         wording: {found.language: found.to_dict() for found in recall(network, words, asked)}
         for wording, asked in zip(WORDINGS, (known, as_told(known)), strict=True)
@@ -125,7 +123,7 @@ def measure(network, words: Tokenizer, known: list, options: argparse.Namespace)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+", metavar="TEXT", help="ordinary text, of each an equal share")
-    parser.add_argument("--held-out", nargs="*", type=_named, default=[], metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="*", type=runs.named, default=[], metavar="NAME=PATH")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
     parser.add_argument("--count", type=int, default=100, help="facts a language (default: 100)")
     parser.add_argument("--times", type=int, default=10, help="that a sentence is read (default: 10)")
@@ -133,40 +131,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/facts"))
     parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--one", nargs=2, metavar=("MODEL", "SEED"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/facts")
     options = parser.parse_args()
-    if options.one:
-        import torch
-
-        torch.set_num_threads(1)
-        row = run(options.one[0], int(options.one[1]), options)
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    if job := options.one:
+        runs.add_row(options.out, job | run(job["model"], job["seed"], options))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         prepare(seed, options)
-    run_all(options)
-    rows = read_rows(options)
+    failed = runs.run_all(jobs(options), "{model}, seed {seed}", options.out, options.workers)
+    rows = runs.read_rows(options.out, settings(options))
     print_table(rows)
     shown = []
     for wording in WORDINGS:
         found = shares(rows, wording, "chosen_share")
-        bars = {f"{WAYS[way]}, {language}": spread(values) for way, language, values in found}
+        bars = {f"{WAYS[way]}, {language}": runs.spread(values, 0.0) for way, language, values in found}
         shown.append(report.bars(f"Chosen among {CHOICES}, {wording} wording", bars, "± standard error", high=1.0))
     report.write_report(options.out / "report.html", "What the memory holds", [("Recall", shown)])
     if options.plot:
         options.plot.write_text(plot(rows), encoding="utf-8")
-
-
-def _named(value: str) -> tuple[str, str]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, path
+    runs.end(failed)
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -175,26 +160,9 @@ def settings(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names} | {"held_out": dict(options.held_out)}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    done = {(row["model"], row["seed"]) for row in read_rows(options)}
-
-    def start(job: tuple[int, str]) -> None:
-        seed, model = job
-        if (model, seed) in done:
-            return
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", model, str(seed)]
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        print(f"{model}, seed {seed}: " + (ended.stderr[-300:] if ended.returncode else "done"), flush=True)
-
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, product(options.seeds, MODELS)))
-
-
-def read_rows(options: argparse.Namespace) -> list[dict]:
-    """The rows of runs with these settings."""
-    path = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["settings"] == settings(options)]
+def jobs(options: argparse.Namespace) -> list[runs.Job]:
+    same = settings(options)
+    return [{"model": model, "seed": seed, "settings": same} for seed, model in product(options.seeds, MODELS)]
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
@@ -210,11 +178,6 @@ def shares(rows: list[dict], wording: str, share: str) -> list[tuple[str, str, l
     return found
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
 def print_table(rows: list[dict]) -> None:
     for model in MODELS:
         for row in [row for row in rows if row["model"] == model][:1]:
@@ -224,14 +187,17 @@ def print_table(rows: list[dict]) -> None:
     for wording in WORDINGS:
         written = {(way, language): values for way, language, values in shares(rows, wording, "written_share")}
         for way, language, values in shares(rows, wording, "chosen_share"):
-            both = [f"{average:6.1%} ± {error:.1%}" for average, error in map(spread, (values, written[way, language]))]
-            print(f"  {wording:4} wording  {WAYS[way]:24} {language}  chosen {both[0]}  written {both[1]}  "
-                  f"({len(values)} seeds)")  # fmt: skip
+            print(f"  {wording:4} wording  {WAYS[way]:24} {language}  chosen {_shown(values)}  "
+                  f"written {_shown(written[way, language])}  ({len(values)} seeds)")  # fmt: skip
     for way in WAYS:
         told = [row["ways"][way]["bits"] for row in rows if way in row["ways"]]
         for name in told[0] if told else ():
-            average, error = spread([bits[name] for bits in told])
+            average, error = runs.spread([bits[name] for bits in told], 0.0)
             print(f"  {WAYS[way]:24} {name}  {average:.4f} ± {error:.4f} bits a byte of held-out text")
+
+
+def _shown(values: list[float]) -> str:
+    return "{:6.1%} ± {:.1%}".format(*runs.spread(values, 0.0))
 
 
 def plot(rows: list[dict]) -> str:
@@ -242,24 +208,15 @@ def plot(rows: list[dict]) -> str:
         begin = left + column * (width + gap)
         parts.append(f'<text x="{begin}" y="42">asked in a wording that is {wording}</text>')
         for number, (way, language, values) in enumerate(shares(rows, wording, "chosen_share")):
-            (average, error), y = spread(values), 54 + number * height
-            fill = "#3b6ea8" if way == "engram" else "#a9b8c6"
+            y = 54 + number * height
             if not column:
-                parts.append(f'<text x="{left - 10}" y="{y + 15}" text-anchor="end">{WAYS[way]}, {language}</text>')
-            parts.append(
-                f'<rect x="{begin}" y="{y}" width="{average * width:.1f}" height="20" fill="{fill}"/>'
-                f'<path d="M{begin + (average - error) * width:.1f} {y + 10}h{2 * error * width:.1f}" stroke="#222" '
-                f'stroke-width="2"/><text x="{begin + width + 12}" y="{y + 15}">{average:.1%} ± {error:.1%}</text>'
-            )
-            parts += [f'<circle cx="{begin + one * width:.1f}" cy="{y + 10}" r="2.5" fill="#222"/>' for one in values]
+                parts.append(runs.label(left - 10, y, f"{WAYS[way]}, {language}", "end"))
+            parts.append(runs.bar(begin, y, width, values, "#3b6ea8" if way == "engram" else "#a9b8c6"))
+            parts.append(runs.label(begin + width + 12, y, _shown(values)))
             bottom = max(bottom, y + height)
         parts.append(f'<path d="M{begin + width / CHOICES} 48V{bottom}" stroke="#222" stroke-dasharray="3 3"/>')
     title = f"Invented facts recalled, of {CHOICES} answers each (dashes: chance): mean, standard error, every seed"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * (width + gap)} {bottom + 6}" '
-        f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="10" y="20" font-weight="bold">{title}</text>{"".join(parts)}</svg>\n'
-    )
+    return runs.svg(title, left + 2 * (width + gap), bottom + 6, parts)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,18 @@ end as ordinary folders, which transformers must answer alike. Every run is a pr
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from statistics import mean, stdev
+
+import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("grpo", "rejection")
 COMPARED, ANSWER = 20, 10  # held-out prompts that transformers answers too, and tokens of an answer
 
 
-def run(arm: str, seed: int, options) -> dict:
+def run(arm: str, seed: int, options: argparse.Namespace) -> runs.Row:
+    """What one arm comes to."""
     import torch
 
     from twelve.options import size
@@ -37,8 +34,9 @@ def run(arm: str, seed: int, options) -> dict:
         learning_rate=options.learning_rate, prompts=options.prompts, quiet=True,
     )  # fmt: skip
     keys = ("accuracy_before", "accuracy_after", "standard_error", "steps", "peak_memory", "seconds", "ended")
-    return {"arm": arm, "seed": seed, **{key: found.get(key) for key in keys}, "drawn": drawn(out, options.task),
-            "same_in_transformers": alike(out, options.task)}  # fmt: skip
+    return {key: found.get(key) for key in keys} | {
+        "drawn": drawn(out, options.task), "same_in_transformers": alike(out, options.task),
+    }  # fmt: skip
 
 
 def drawn(model: str | Path, task: str) -> float:
@@ -84,43 +82,28 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/flagship"))
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/flagship", workers=1)
     options = parser.parse_args()
-    log = options.out / "rows.jsonl"
-    if options.one:
-        row = run(options.one[0], int(options.one[1]), options)
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    if job := options.one:
+        runs.add_row(options.out, job | run(job["arm"], job["seed"], options))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    done = {(row["arm"], row["seed"]) for row in _rows(log)}
-
-    def start(job: tuple[str, int]) -> None:
-        if job in done:
-            return
-        passed = [part for name in ("task", "minutes", "memory", "prompts", "threads", "out")
-                  for part in (f"--{name}", str(getattr(options, name)))]  # fmt: skip
-        rate = ["--learning-rate", str(options.learning_rate)] if options.learning_rate else []
-        command = [sys.executable, __file__, "--one", job[0], str(job[1]), *passed, *rate]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        print(*job, ended.stderr[-500:] if ended.returncode else "done", flush=True)
-
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, [(arm, seed) for seed in options.seeds for arm in ARMS]))
+    jobs = [{"arm": arm, "seed": seed} for seed in options.seeds for arm in ARMS]
+    failed = runs.run_all(jobs, "{arm} {seed}", options.out, options.workers)
     for arm in ARMS:
-        mine = [row for row in _rows(log) if row["arm"] == arm]
-        for key in ("accuracy_before", "accuracy_after", "drawn", "same_in_transformers"):
-            values = [row[key] for row in mine]
-            error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            print(f"{arm:10} {key:22} {mean(values):6.1%} ± {error:.1%}   {[round(value, 3) for value in values]}")
-        print(f"{arm:10} peak memory {max(row['peak_memory'] for row in mine) / 2**30:.2f} GiB of {options.memory}, "
-              f"steps {[row['steps'] for row in mine]}")  # fmt: skip
+        mine = [row for row in runs.read_rows(options.out) if row["arm"] == arm]
+        if mine:
+            print_table(arm, mine, options)
+    runs.end(failed)
 
 
-def _rows(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def print_table(arm: str, rows: list[runs.Row], options: argparse.Namespace) -> None:
+    for key in ("accuracy_before", "accuracy_after", "drawn", "same_in_transformers"):
+        values = [row[key] for row in rows]
+        average, error = runs.spread(values, 0.0)
+        print(f"{arm:10} {key:22} {average:6.1%} ± {error:.1%}   {[round(value, 3) for value in values]}")
+    print(f"{arm:10} peak memory {max(row['peak_memory'] for row in rows) / 2**30:.2f} GiB of {options.memory}, "
+          f"steps {[row['steps'] for row in rows]}")  # fmt: skip
 
 
 if __name__ == "__main__":

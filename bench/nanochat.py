@@ -40,8 +40,10 @@ from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from types import SimpleNamespace
+
+import runs
 
 from twelve.data.reader import Document, read_documents
 
@@ -130,7 +132,7 @@ def train_theirs(job: dict, options: argparse.Namespace) -> tuple[dict, object, 
     sys.path.insert(0, str(options.nanochat))  # before this folder, whose nanochat is this file
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    chosen, budget = job["settings"], 60 * job["minutes"]
+    chosen, budget, started = job["settings"], 60 * job["minutes"], float(os.environ["STARTED"])
     words = Tokenizer.load(options.out / "tokens")
     model = build(chosen["depth"], words.vocab_size)
     model.to_empty(device="cpu")
@@ -142,7 +144,7 @@ def train_theirs(job: dict, options: argparse.Namespace) -> tuple[dict, object, 
     rows, parts = packed(options.out / "tokens", job["seed"]), max(1, chosen["batch"] // ROW // ROWS)
 
     def now() -> float:
-        return time.monotonic() - job["started"]
+        return time.monotonic() - started
 
     ends, losses = [], []  # of every step
     while True:
@@ -212,8 +214,11 @@ def train_ours(job: dict, options: argparse.Namespace) -> tuple[dict, object, ob
             *job["settings"].split(),
         ]  # fmt: skip
         began = time.monotonic()
-        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, check=False)
         seconds = time.monotonic() - began
+        if ended.returncode:
+            sys.exit(ended.returncode)  # it has said why
+        found = json.loads(ended.stdout)
         model, words = load(f"{folder}/model", device="cpu")
     keys = ("parameters", "active_parameters", "steps", "tokens", "tokens_per_second", "loss")
     return {key: found[key] for key in keys} | {"seconds": seconds}, model, words
@@ -222,46 +227,35 @@ def train_ours(job: dict, options: argparse.Namespace) -> tuple[dict, object, ob
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run_one(job: dict, options: argparse.Namespace) -> dict:
-    """Train a side, score it on the slice of train or on the held-out texts; the row."""
+def run_one(job: dict, options: argparse.Namespace) -> runs.Row:
+    """Train a side, score it on the slice of train or on the held-out texts; what it measures."""
     figures, model, words = (train_theirs if job["side"] == "nanochat" else train_ours)(job, options)
 
     import torch
-
-    from twelve.evaluate.bits import bits_per_byte
 
     torch.set_num_threads(options.threads)
     names = dict(options.held_out)
     texts = names if job["text"] == "held out" else {name: options.out / f"slice-{name}.jsonl" for name in names}
     context = min(ROW, model.config.max_position_embeddings)
-    figures["bits"] = {name: bits_per_byte(model, words, path, context).bits_per_byte for name, path in texts.items()}
-    return figures
+    return figures | {"bits": runs.bits_of(model, words, texts.items(), context)}
 
 
-def run(side: str, seed: int, minutes: float, settings: dict | str, text: str, options: argparse.Namespace) -> dict:
+def run(side: str, seed: int, minutes: float, settings: dict | str, text: str, options: argparse.Namespace) -> runs.Row:
     """The row of a run: from rows.jsonl, or from a process of its own."""
     job = {"side": side, "seed": seed, "minutes": minutes, "settings": settings, "text": text}
-    about = {"job": job, "tokens": options.sha256, "nanochat": options.version, "threads": options.threads}
-    log = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    for row in rows:
-        if {key: row[key] for key in about} == about:
-            return row
+    job = {"job": job, "data": options.sha256, "nanochat": options.version, "threads": options.threads}
+    if row := runs.row_of(job, runs.read_rows(options.out)):
+        return row
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {
+        environment = {
             "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(options.threads),
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            "STARTED": str(time.monotonic()),
         }  # fmt: skip
-        job_now = json.dumps(job | {"started": time.monotonic()})
-        ended = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", job_now], env=environment,
-                               capture_output=True, text=True, check=False)  # fmt: skip
-    if ended.returncode:
-        sys.exit(f"{job}: {ended.stderr[-3000:]}")
-    row = about | json.loads(ended.stdout.splitlines()[-1])
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{side:9} seed {seed}  {minutes:g} min  {settings}  {text}: "
-          + "  ".join(f"{name} {value:.4f}" for name, value in row["bits"].items()), flush=True)  # fmt: skip
+        name = "{job[side]:9} seed {job[seed]}  {job[minutes]:g} min  {job[settings]}  {job[text]}"
+        runs.end(runs.run_all([job], name, options.out, 1, environment))
+    row = runs.row_of(job, runs.read_rows(options.out))
+    print("  ".join(f"{name} {value:.4f}" for name, value in row["bits"].items()), flush=True)
     return row
 
 
@@ -287,8 +281,8 @@ def choose(options: argparse.Namespace) -> dict[str, dict | str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanochat", type=Path, required=True, metavar="CHECKOUT")
-    parser.add_argument("--text", nargs="+", type=_named, required=True, metavar="NAME=PATH", help="to train on")
-    parser.add_argument("--held-out", nargs="+", type=_named, required=True, metavar="NAME=PATH", help="to score")
+    parser.add_argument("--text", nargs="+", type=runs.named, required=True, metavar="NAME=PATH", help="to train on")
+    parser.add_argument("--held-out", nargs="+", type=runs.named, required=True, metavar="NAME=PATH", help="to score")
     parser.add_argument("--minutes", type=float, default=10, help="of a run (default: 10)")
     parser.add_argument("--choose-minutes", type=float, help="of a run that chooses (default: as --minutes)")
     parser.add_argument("--ours-minutes", nargs="+", type=float, default=[], help="of more runs of ours")
@@ -302,8 +296,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/nanochat"))
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(run_one(options.one, options)))
+    if job := options.one:
+        runs.add_row(options.out, job | run_one(job["job"], options))
         return
     options.sha256 = prepare(options)
     files = sorted((options.nanochat / "nanochat").glob("*.py"))
@@ -319,13 +313,6 @@ def main() -> None:
         for minutes in sorted(options.ours_minutes)
     }
     print_table(rows, sooner, options)
-
-
-def _named(value: str) -> tuple[str, Path]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, Path(path)
 
 
 def prepare(options: argparse.Namespace) -> str:
@@ -373,8 +360,9 @@ def print_table(rows: dict[str, list[dict]], sooner: dict[float, list[dict]], op
     for name in names:
         pairs = zip(rows["twelve"], rows["nanochat"], strict=True)
         changes = [ours["bits"][name] - theirs["bits"][name] for ours, theirs in pairs]
-        error = f" ± {stdev(changes) / math.sqrt(len(changes)):.4f}" if len(changes) > 1 else ""
-        print(f"twelve less nanochat, {name}: {mean(changes):+.4f}{error}   {[round(value, 4) for value in changes]}")
+        average, error = runs.spread(changes)
+        sure = f" ± {error:.4f}" if len(changes) > 1 else ""
+        print(f"twelve less nanochat, {name}: {average:+.4f}{sure}   {[round(value, 4) for value in changes]}")
         if sooner:
             goal = mean(row["bits"][name] for row in rows["nanochat"])
             ends = {**sooner, options.minutes: rows["twelve"]}

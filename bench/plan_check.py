@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+import runs
+
 REQUESTS = ("3,1GiB", "10,2GiB", "20,4GiB", "60,16GiB")
 IMPOSSIBLE = (["--minutes", "0"], ["--minutes", "0.05"], ["--memory", "4096GiB"], ["--memory", "64MiB"])
 
@@ -30,15 +32,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/plan-check"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = runs.read_rows(options.out)
     threads = ["--threads", str(options.threads)] if options.threads else []
     for request in options.requests:
-        row = next((row for row in rows if row["request"] == request and row["threads"] == options.threads), None)
+        job = {"request": request, "threads": options.threads}
+        row = runs.row_of(job, rows)
         if row is None:
-            row = {"request": request, "threads": options.threads, **compare(request, threads, options)}
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            row = job | compare(request, threads, options)
+            runs.add_row(options.out, row)
         show(row)
     for asked in IMPOSSIBLE:
         said = verb(["plan", *options.text, *asked, *threads], expected=2)[0]

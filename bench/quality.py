@@ -22,25 +22,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import mean
 
-from ablation import paired, spread
+import runs
+import torch
 
 from twelve import report
 from twelve.data.cleaning import Cleaner
 from twelve.data.reader import read_documents
 
-STARTED = time.monotonic()
+STARTED = time.monotonic()  # torch is there by now, in every arm
 ARMS = ("raw", "filtered", "random", "selected")
 AGAINST = {"filtered": "raw", "selected": "random"}
 DIRT, QUARTER = 0.3, 0.25
@@ -261,12 +258,9 @@ def found(options: argparse.Namespace, seed: int) -> list[dict]:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train one arm for its minutes, counted from the start of this process; its row."""
-    import torch
-
+def run(arm: str, seed: int, options: argparse.Namespace) -> runs.Row:
+    """Train one arm for its minutes, counted from the start of this process; what it measures."""
     from twelve.convert import load
-    from twelve.evaluate.bits import bits_per_byte
     from twelve.filter import filter_text
     from twelve.train.pretrain import pretrain
 
@@ -288,11 +282,10 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
                        started=STARTED, **SHAPE)  # fmt: skip
     ended = time.monotonic() - STARTED
     network, words = load(folder, device="cpu")
-    bits = {name: bits_per_byte(network, words, path, limit=options.limit).bits_per_byte
-            for name, path in options.held_out}  # fmt: skip
+    bits = runs.bits_of(network, words, options.held_out, limit=options.limit)
     return {
-        "arm": arm, "seed": seed, "settings": settings(options), "bits": bits, "tokens": figures["tokens"],
-        "training_seconds": figures["training_seconds"], "choosing_seconds": prepared, "seconds": ended,
+        "bits": bits, "tokens": figures["tokens"], "training_seconds": figures["training_seconds"],
+        "choosing_seconds": prepared, "seconds": ended,
     }  # fmt: skip
 
 
@@ -302,20 +295,16 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+", metavar="TEXT", help="clean text, of each an equal share")
-    parser.add_argument("--held-out", nargs="+", type=_named, required=True, metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="+", type=runs.named, required=True, metavar="NAME=PATH")
     parser.add_argument("--limit", type=int, default=200, help="documents of each that are measured (default: 200)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
     parser.add_argument("--megabytes", type=float, default=24, help="of clean text (default: 24)")
     parser.add_argument("--minutes", type=float, default=6, help="a run, all included (default: 6)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/quality")
     options = parser.parse_args()
-    if options.one:
-        row = run(options.one[0], int(options.one[1]), options)
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    if job := options.one:
+        runs.add_row(options.out, job | run(job["arm"], job["seed"], options))
         return
     prepare(options)
     dirt = found(options, options.seeds[0])
@@ -324,20 +313,15 @@ def main() -> None:
         clean = line["documents"] - line["dirt"]
         lost = f"{line['lost']} lost of {clean} clean" if clean else ""
         print(f"{line['kind']:9} {line['dropped']:5} of {line['dirt']:5} found ({share:.1%})  {lost}  {line['as']}")
-    run_all(options)
-    rows = read_rows(options)
+    alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the tokenizer, too
+    failed = runs.run_all(jobs(options), "{arm}, seed {seed}", options.out, options.workers, alone)
+    rows = runs.read_rows(options.out, settings(options))
     print_table(rows)
     tables = {"Dirt that was found": [line | {"as": str(line["as"])} for line in dirt],
               "At the end of equal minutes": summary(rows), "Paired over seeds": verdicts(rows)}  # fmt: skip
     shown = [report.table(lines, caption) for caption, lines in tables.items()]
     report.write_report(options.out / "report.html", "What filtering and choosing are worth", [("Result", shown)])
-
-
-def _named(value: str) -> tuple[str, str]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, path
+    runs.end(failed)
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -345,29 +329,9 @@ def settings(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in SETTINGS} | {"held_out": dict(options.held_out), "shape": SHAPE}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    done = {(row["arm"], row["seed"]) for row in read_rows(options)}
-
-    def start(job: tuple[int, str]) -> None:
-        seed, arm = job
-        if (arm, seed) in done:
-            return
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", arm, str(seed)]
-        alone = os.environ | {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}  # the tokenizer, too
-        ended = subprocess.run(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=alone
-        )
-        print(f"{arm}, seed {seed}: " + (ended.stderr[-300:] if ended.returncode else "done"), flush=True)
-
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, product(options.seeds, options.arms)))
-
-
-def read_rows(options: argparse.Namespace) -> list[dict]:
-    """The rows of runs with these settings."""
-    path = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["settings"] == settings(options)]
+def jobs(options: argparse.Namespace) -> list[runs.Job]:
+    same = settings(options)
+    return [{"arm": arm, "seed": seed, "settings": same} for seed, arm in product(options.seeds, options.arms)]
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
@@ -377,7 +341,7 @@ def summary(rows: list[dict]) -> list[dict]:
     lines = []
     for arm in ARMS:
         if mine := [row for row in rows if row["arm"] == arm]:
-            bits = {name: spread([row["bits"][name] for row in mine]) for name in mine[0]["bits"]}
+            bits = {name: runs.spread([row["bits"][name] for row in mine]) for name in mine[0]["bits"]}
             lines.append({
                 "arm": arm, "seeds": len(mine), **{name: f"{m:.4f} ± {error:.4f}" for name, (m, error) in bits.items()},
                 "tokens": f"{mean(row['tokens'] for row in mine) / 1e6:.2f}M",
@@ -395,9 +359,9 @@ def verdicts(rows: list[dict]) -> list[dict]:
         seeds = sorted(ours.keys() & theirs.keys())
         for name in ours[seeds[0]] if seeds else ():
             changes = [ours[seed][name] - theirs[seed][name] for seed in seeds]
-            average, error = spread(changes)
+            average, error = runs.spread(changes)
             found.append({"arm": arm, "against": other, "text": name, "change": f"{average:+.4f} ± {error:.4f}",
-                          "p": f"{paired(changes):.3f}", "seeds": len(changes),
+                          "p": f"{runs.paired(changes):.3f}", "seeds": len(changes),
                           "changes": " ".join(f"{change:+.4f}" for change in changes)})  # fmt: skip
     return found
 

@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+from statistics import mean
+
+import runs
 
 from twelve import report, tasks
 from twelve.tasks import LANGUAGES
@@ -34,7 +32,7 @@ from twelve.tasks import LANGUAGES
 EASY, HARD = (1, 2, 3), (4, 5, 6)
 TRACES = 40_000
 MODEL = {"vocab_size": 384, "width": 64, "layers": 4, "experts": 4, "experts_per_token": 2, "context": 256, "batch": 16,
-         "learning_rate": 4e-3}  # fmt: skip
+         "learning_rate": 4e-3, "switches": {"engram_vocab_size": 0}}  # fmt: skip
 SFT = {"muon": True, "learning_rate": 1e-3, "context": 256, "batch": 16}  # as the cold start, from a lower rate
 RL = {"prompts": 24, "group": 8, "max_tokens": 128, "level": HARD, "problems": 6}
 ASKED = 100  # held-out problems a level and language
@@ -78,8 +76,11 @@ def write_traces(path: Path, task: str, seed: int, complete: bool = False, level
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(experiment: str, arm: str, seed: int, out: Path, cold: int, minutes: float) -> dict:
-    """The row of one arm; trains whatever is not there yet."""
+def run(experiment: str, arm: str, seed: int, out: Path, cold: int, minutes: float) -> runs.Row:
+    """What one arm measures; trains whatever is not there yet."""
+    import torch
+
+    torch.set_num_threads(1)
     folder = out / experiment / f"{arm.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
@@ -87,8 +88,7 @@ def run(experiment: str, arm: str, seed: int, out: Path, cold: int, minutes: flo
     model = {"effect": _effect, "curriculum": _curriculum, "distill": _distill, "language": _language}[experiment](
         arm, seed, out, folder, cold, minutes
     )
-    seconds = time.monotonic() - began
-    return {"experiment": experiment, "arm": arm, "seed": seed, "seconds": seconds, **measure(model, task)}
+    return {"seconds": time.monotonic() - began, **measure(model, task)}
 
 
 def cold_start(out: Path, seed: int, steps: int, task: str = "arithmetic", **changes) -> Path:
@@ -201,67 +201,39 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5, 6, 7])
     parser.add_argument("--cold", type=int, default=700, help="steps of a cold start of 4,096 tokens")
     parser.add_argument("--minutes", type=float, default=3, help="of every arm")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/reasoning"))
     parser.add_argument("--plot", type=Path, metavar="SVG", help="a picture of `effect`")
-    parser.add_argument("--one", nargs=3, metavar=("EXPERIMENT", "ARM", "SEED"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/reasoning")
     options = parser.parse_args()
-    if options.one:
-        import torch
-
-        torch.set_num_threads(1)
-        experiment, arm, seed = options.one
-        row = run(experiment, arm, int(seed), options.out, options.cold, options.minutes)
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    if job := options.one:
+        runs.add_row(options.out, job | run(**job, out=options.out, cold=options.cold, minutes=options.minutes))
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
     for experiment in options.experiments:
-        _run_all(experiment, options)
-    rows = read_rows(options.out)
+        for some in jobs(experiment, options.seeds):
+            failed += runs.run_all(some, "{experiment}, {arm}, seed {seed}", options.out, options.workers)
+    rows = runs.read_rows(options.out)
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         print_table(experiment, [row for row in rows if row["experiment"] == experiment])
     write_report(options.out / "report.html", rows)
     if options.plot:
         options.plot.write_text(plot([row for row in rows if row["experiment"] == "effect"]), encoding="utf-8")
+    runs.end(failed)
 
 
-def _run_all(experiment: str, options) -> None:
-    """Cold starts first, which the other arms share, then the rest."""
-    done = {(row["experiment"], row["arm"], row["seed"]) for row in read_rows(options.out)}
-
-    def start(job: tuple[str, int]) -> None:
-        arm, seed = job
-        if (experiment, arm, seed) in done:
-            return
-        command = [sys.executable, __file__, "--one", experiment, arm, str(seed), "--out", str(options.out),
-                   "--cold", str(options.cold), "--minutes", str(options.minutes)]  # fmt: skip
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        print(f"{experiment}, {arm}, seed {seed}: " + (ended.stderr[-300:] if ended.returncode else "done"), flush=True)
-
+def jobs(experiment: str, seeds: list[int]) -> tuple[list[runs.Job], list[runs.Job]]:
+    """Those that make the cold starts, one for each, and those that start from them later."""
     arms = ARMS[experiment]
-    with ThreadPoolExecutor(options.workers) as pool:
-        if experiment != "curriculum":
-            list(pool.map(start, [(arms[0], seed) for seed in options.seeds]))
-        later = [(arm, seed) for seed in options.seeds for arm in (arms if experiment == "curriculum" else arms[1:])]
-        if experiment == "curriculum":  # the arms of a task share a cold start: make it once
-            list(pool.map(start, [(arm, seed) for arm, seed in later if arm.endswith("uniform")]))
-            later = [(arm, seed) for arm, seed in later if arm.endswith("curriculum")]
-        list(pool.map(start, later))
+    first = arms[:1] if experiment != "curriculum" else tuple(arm for arm in arms if arm.endswith("uniform"))
 
+    def of(some: list[str]) -> list[runs.Job]:
+        return [{"experiment": experiment, "arm": arm, "seed": seed} for seed, arm in product(seeds, some)]
 
-def read_rows(out: Path) -> list[dict]:
-    path = out / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return of(first), of([arm for arm in arms if arm not in first])
 
 
 def hard(row: dict, how: str) -> float:
     return mean(row[how][str(level)] for level in HARD)
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and the standard error over seeds."""
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def print_table(experiment: str, rows: list[dict]) -> None:
@@ -272,8 +244,8 @@ def print_table(experiment: str, rows: list[dict]) -> None:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
             continue
-        cells = [spread([hard(row, how) for row in mine]) for how in ("greedy", "sampled")]
-        cells.append(spread([row["sampled"][str(HARD[-1])] for row in mine]))
+        cells = [runs.spread([hard(row, how) for row in mine], 0.0) for how in ("greedy", "sampled")]
+        cells.append(runs.spread([row["sampled"][str(HARD[-1])] for row in mine], 0.0))
         shown = "".join(f"{value:8.1%} ± {error:4.1%}" for value, error in cells)
         easy = mean(row["sampled"][str(level)] for row in mine for level in EASY)
         length = mean(row["length"][str(HARD[-1])] for row in mine)
@@ -290,7 +262,7 @@ def print_table(experiment: str, rows: list[dict]) -> None:
         values = {arm: {row["seed"]: hard(row, "sampled") for row in rows if row["arm"] == arm} for arm in (one, other)}
         both = sorted(values[one].keys() & values[other].keys())
         if both:
-            difference, error = spread([values[other][seed] - values[one][seed] for seed in both])
+            difference, error = runs.spread([values[other][seed] - values[one][seed] for seed in both], 0.0)
             print(f"  {other} less {one}, drawn, paired: {difference:+.1%} ± {error:.1%}")
 
 
@@ -303,11 +275,11 @@ def write_report(path: Path, rows: list[dict]) -> None:
             for arm in ARMS[experiment]:
                 values = [hard(row, how) for row in mine if row["arm"] == arm]
                 if values:
-                    bars[f"{arm}, {how}"] = spread(values)
+                    bars[f"{arm}, {how}"] = runs.spread(values, 0.0)
         shown = [report.bars(f"Right at levels {HARD[0]} to {HARD[-1]}", bars, "± standard error over seeds", high=1.0)]
         if experiment == "language":
             shares = {
-                f"{arm}, {code}": spread([row["language"][code] for row in mine if row["arm"] == arm])
+                f"{arm}, {code}": runs.spread([row["language"][code] for row in mine if row["arm"] == arm], 0.0)
                 for arm in dict.fromkeys(row["arm"] for row in mine)
                 for code in LANGUAGES
             }
@@ -319,26 +291,19 @@ def write_report(path: Path, rows: list[dict]) -> None:
 def plot(rows: list[dict]) -> str:
     """Drawn accuracy at the hard levels by arm, with a whisker of one standard error and a dot a seed, as SVG."""
     left, width, height = 150, 400, 34
-    parts = []
+    parts, seeds = [], 0
     arms = [arm for arm in ARMS["effect"] if any(row["arm"] == arm for row in rows)]
     for number, arm in enumerate(arms):
-        values = [hard(row, "sampled") for row in rows if row["arm"] == arm]
-        (value, error), y = spread(values), 34 + number * height
-        fill = "#3b6ea8" if arm == "grpo" else "#a9b8c6"
-        parts.append(
-            f'<text x="{left - 10}" y="{y + 15}" text-anchor="end">{NAMES.get(arm, arm)}</text>'
-            f'<rect x="{left}" y="{y}" width="{value * width:.1f}" height="22" fill="{fill}"/>'
-            f'<path d="M{left + (value - error) * width:.1f} {y + 11}h{2 * error * width:.1f}" stroke="#222" '
-            f'stroke-width="2"/><text x="{left + width + 12}" y="{y + 15}">{value:.1%} ± {error:.1%}</text>'
-        )
-        parts += [f'<circle cx="{left + one * width:.1f}" cy="{y + 11}" r="2.5" fill="#222"/>' for one in values]
-    title = f"Right answers at {HARD[0]} to {HARD[-1]} steps, drawn: mean, standard error, and {len(values)} seeds"
-    size = f"{left + width + 130} {44 + len(arms) * height}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" font-family="sans-serif" font-size="13">'
-        f'<rect width="100%" height="100%" fill="#fff"/><text x="10" y="20" font-weight="bold">{title}</text>'
-        f"{''.join(parts)}</svg>\n"
-    )
+        values, y = [hard(row, "sampled") for row in rows if row["arm"] == arm], 34 + number * height
+        average, error = runs.spread(values, 0.0)
+        parts += [
+            runs.label(left - 10, y, NAMES.get(arm, arm), "end"),
+            runs.bar(left, y, width, values, "#3b6ea8" if arm == "grpo" else "#a9b8c6"),
+            runs.label(left + width + 12, y, f"{average:.1%} ± {error:.1%}"),
+        ]
+        seeds = len(values)
+    title = f"Right answers at {HARD[0]} to {HARD[-1]} steps, drawn: mean, standard error, and {seeds} seeds"
+    return runs.svg(title, left + width + 130, 44 + len(arms) * height, parts)
 
 
 NAMES = {"grpo": "GRPO", "rejection": "rejection sampling", "more sft": "more SFT"}

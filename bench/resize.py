@@ -15,22 +15,19 @@ Arms: half the depth, half the width, and experts from a dense model. A run is a
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+import runs
 
 from twelve import report
 from twelve.config import small_v3
-from twelve.data.shards import META, PackedData
+from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
-from twelve.files import read_json
 
 ARMS = {"depth": "half the depth", "width": "half the width", "experts": "experts from dense"}
 SETTINGS = ("teacher_minutes", "width", "layers", "experts", "experts_per_token", "context", "batch", "learning_rate",
@@ -52,8 +49,8 @@ def teacher_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
     return options.out / f"teacher-{'dense' if arm == 'experts' else 'experts'}-{seed}"
 
 
-def make_teacher(arm: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train the model that this arm resizes, and keep it as a folder; its row."""
+def make_teacher(arm: str, seed: int, options: argparse.Namespace) -> runs.Row:
+    """Train the model that this arm resizes, and keep it as a folder; what it measures."""
     from twelve.convert import save
     from twelve.model import Transformer
 
@@ -61,15 +58,14 @@ def make_teacher(arm: str, seed: int, options: argparse.Namespace) -> dict:
     experts = 0 if arm == "experts" else options.experts
     config = small_v3(words.vocab_size, options.width, options.layers, experts, options.experts_per_token,
                       options.context)  # fmt: skip
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = words.bos_id, words.eos_id, words.pad_id
-    model = Transformer(config).init_weights(seed)
+    model = Transformer(runs.with_tokenizer(config, words)).init_weights(seed)
     row = train(model, options.teacher_minutes, seed, options.learning_rate, options)
     save(model, words, teacher_of(arm, seed, options))
     return row
 
 
-def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespace) -> dict:
-    """The row of one model of the resized shape: `way` is "resized" or "fresh"."""
+def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespace) -> runs.Row:
+    """What one model of the resized shape measures: `way` is "resized" or "fresh"."""
     from twelve.convert import load
     from twelve.convert.resize import resize
     from twelve.model import Transformer, count_parameters
@@ -80,58 +76,32 @@ def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespa
     figures = {"resize_seconds": time.monotonic() - began} if way == "resized" else {}
     if way == "fresh":
         model = Transformer(model.config).init_weights(seed)
-    figures["start"] = measure(model, words, options)
+    figures["start"] = runs.bits_of(model, words, options.held_out, options.context, options.limit)
     rate = options.learning_rate if way == "fresh" else options.resized_rate
     return figures | count_parameters(model.config) | train(model, minutes, seed, rate, options)
 
 
-def train(model, minutes: float, seed: int, rate: float, options: argparse.Namespace) -> dict:
+def train(model, minutes: float, seed: int, rate: float, options: argparse.Namespace) -> runs.Row:
     """Train `model` for that time: marks on the way, and what it measures at the end."""
     import torch
 
     from twelve.heap import keep_freed_memory
-    from twelve.train.loop import NO_END, Supervised
-    from twelve.train.plan import Plan, describe
 
     torch.set_num_threads(1)
     keep_freed_memory()
     data, words = PackedData(options.out / "tokens"), Tokenizer.load(options.out / "tokens")
-    plan = Plan(
-        stage="pretrain", options={}, config=model.config.to_dict(), data=describe(data), context=options.context,
-        batch_size=options.batch, micro_batch_size=options.batch, learning_rate=rate, seed=seed, threads=1,
-        precision="float32",
-    )  # fmt: skip
-    budget, spent, marks = 60 * minutes, 0.0, []
+
+    def measure() -> dict[str, float]:
+        return runs.bits_of(model, words, options.held_out, options.context, options.limit)
+
+    spent, marks = 0.0, []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "training").mkdir()
-        trainer = Supervised(
-            model, lambda step: data.batch(step, plan.batch_size, plan.context, seed), plan, Path(folder)
-        )
-        while spent < budget:
-            known = trainer.step > plan.warmup  # the speed: the schedule's end follows the clock
-            plan.revisions = [(0, max(trainer.step + 1, round(trainer.step * budget / spent)) if known else NO_END)]
-            falling = plan.in_decay(trainer.step)
-            began = time.monotonic()
-            trainer.train_step()
-            spent += time.monotonic() - began
+        trainer = runs.pretraining(model, data, Path(folder), context=options.context, batch=options.batch,
+                                   learning_rate=rate, seed=seed)  # fmt: skip
+        for spent, falling, _ in runs.timed_steps(trainer, 60 * minutes, time.monotonic):
             if spent // options.mark > len(marks):
-                at = {"seconds": spent, "tokens": trainer.tokens, "falling": falling}
-                marks.append(at | measure(model, words, options))
-    return {"steps": trainer.step, "tokens": trainer.tokens, "seconds": spent, "marks": marks,
-            "end": measure(model, words, options)}  # fmt: skip
-
-
-def measure(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
-    """Bits a byte of every held-out text."""
-    from twelve.evaluate.bits import bits_per_byte
-
-    model.eval()
-    bits = {
-        name: bits_per_byte(model, words, path, options.context, options.limit).bits_per_byte
-        for name, path in options.held_out
-    }
-    model.train()
-    return bits
+                marks.append({"seconds": spent, "tokens": trainer.tokens, "falling": falling} | measure())
+    return {"steps": trainer.step, "tokens": trainer.tokens, "seconds": spent, "marks": marks, "end": measure()}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -140,7 +110,7 @@ def measure(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="+", metavar="TEXT", help="to train on; tokenised once, into OUT/tokens")
-    parser.add_argument("--held-out", nargs="+", type=_named, required=True, metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="+", type=runs.named, required=True, metavar="NAME=PATH")
     parser.add_argument("--limit", type=int, default=40, help="documents of each that are measured (default: 40)")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["depth"], metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
@@ -153,78 +123,50 @@ def main() -> None:
     for name, value in {"width": 128, "layers": 8, "experts": 8, "experts-per-token": 2, "context": 256,
                         "batch": 16, "vocab-size": 4096}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/resize"))
     parser.add_argument("--plot", type=Path, metavar="SVG")
-    parser.add_argument("--one", nargs=4, metavar=("ARM", "WAY", "MINUTES", "SEED"), help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/resize")
     options = parser.parse_args()
-    options.budgets.sort()
-    if options.one:
-        arm, way, minutes, seed = options.one[0], options.one[1], float(options.one[2]), int(options.one[3])
-        made = (make_teacher(arm, seed, options) if way == "teacher" else run(arm, way, minutes, seed, options))
-        row = {"arm": arm, "way": way, "minutes": minutes, "seed": seed, "settings": settings(options), **made}
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    options.budgets = sorted(map(float, options.budgets))
+    if job := options.one:
+        arm, way, seed = job["arm"], job["way"], job["seed"]
+        teaching = way == "teacher"
+        found = make_teacher(arm, seed, options) if teaching else run(arm, way, job["minutes"], seed, options)
+        runs.add_row(options.out, job | found)
         return
-    if not (options.out / "tokens" / META).exists():
-        from twelve.data.corpus import tokenize
-
-        tokenize(options.text, options.out / "tokens", None, options.vocab_size)
-    run_all(options)
-    rows = [row for row in read_rows(options) if row["way"] != "teacher"]
+    runs.tokenized(options.text, options.out / "tokens", options.vocab_size)
+    failed = []
+    for some in (teachers(options), jobs(options)):  # the latter start from the former
+        failed += runs.run_all(some, "{arm}, {way}, {minutes:g} minutes, seed {seed}", options.out, options.workers)
+    rows = [row for row in runs.read_rows(options.out, settings(options)) if row["way"] != "teacher"]
     languages = [name for name, _ in options.held_out]
     found = verdicts(rows, languages, options)
     print_table(rows, found, languages, options)
     write_report(options.out / "report.html", rows, found, languages, options)
     if options.plot:
         options.plot.write_text(plot(rows, languages, options), encoding="utf-8")
-
-
-def _named(value: str) -> tuple[str, str]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, path
+    runs.end(failed)
 
 
 def settings(options: argparse.Namespace) -> dict:
     """What makes two rows comparable."""
-    data = read_json(options.out / "tokens" / META)["sha256"]
+    data = runs.data_hash(options.out / "tokens")
     return {name: getattr(options, name) for name in SETTINGS} | {"held_out": dict(options.held_out), "data": data}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """Teachers first, which the others start from."""
+def teachers(options: argparse.Namespace) -> list[runs.Job]:
+    """Those that are not there yet, whatever made them."""
     kinds = {arm == "experts": arm for arm in reversed(options.arms)}.values()  # an arm of each kind of teacher
-    teachers = [(arm, "teacher", options.teacher_minutes, seed) for seed, arm in product(options.seeds, kinds)]
-    later = []
-    for seed, arm in product(options.seeds, options.arms):
-        later.append((arm, "fresh", options.budgets[-1], seed))
-        later += [(arm, "resized", minutes, seed) for minutes in options.budgets]
-    for jobs in (teachers, later):
-        done = {(row["arm"], row["way"], row["minutes"], row["seed"]) for row in read_rows(options)}
-        with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(start, (job for job in jobs if not _made(job, done, options))))
+    minutes, same = float(options.teacher_minutes), settings(options)
+    return [{"arm": arm, "way": "teacher", "minutes": minutes, "seed": seed, "settings": same}
+            for seed, arm in product(options.seeds, kinds)
+            if not (teacher_of(arm, seed, options) / "config.json").exists()]  # fmt: skip
 
 
-def _made(job: tuple[str, str, float, int], done: set, options: argparse.Namespace) -> bool:
-    arm, way, _, seed = job
-    return job in done or (way == "teacher" and (teacher_of(arm, seed, options) / "config.json").exists())
-
-
-def start(job: tuple[str, str, float, int]) -> None:
-    arm, way, minutes, seed = job
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", arm, way, str(minutes), str(seed)]
-    ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-    print(f"{arm}, {way}, {minutes:g} minutes, seed {seed}: {ended.stderr[-300:] if ended.returncode else 'done'}",
-          flush=True)  # fmt: skip
-
-
-def read_rows(options: argparse.Namespace) -> list[dict]:
-    """The rows of runs with these settings."""
-    path = options.out / "rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["settings"] == settings(options)]
+def jobs(options: argparse.Namespace) -> list[runs.Job]:
+    same = settings(options)
+    ways = [("fresh", options.budgets[-1]), *(("resized", minutes) for minutes in options.budgets)]
+    return [{"arm": arm, "way": way, "minutes": minutes, "seed": seed, "settings": same}
+            for seed, arm, (way, minutes) in product(options.seeds, options.arms, ways)]  # fmt: skip
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
@@ -249,11 +191,6 @@ def reached(ends: list[tuple[float, float]], goal: float) -> float:
     return math.inf
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 def verdicts(rows: list[dict], languages: list[str], options: argparse.Namespace) -> list[dict]:
     """For every arm and text: the fresh model's bits, and after how many minutes the resized one has them."""
     found, last = [], options.budgets[-1]
@@ -271,11 +208,11 @@ def verdicts(rows: list[dict], languages: list[str], options: argparse.Namespace
         gains = [resized[last][seed]["end"][language] - fresh[seed]["end"][language] for seed in seeds]
         found.append({
             "arm": arm, "text": language, "seeds": len(seeds),
-            "fresh": spread([fresh[seed]["end"][language] for seed in seeds]),
-            "start": spread([resized[last][seed]["start"][language] for seed in seeds]),
-            "ends": {m: spread([resized[m][seed]["end"][language] for seed in seeds]) for m in options.budgets},
-            "reached": spread(times) if all(map(math.isfinite, times)) else (math.inf, math.nan), "times": times,
-            "gain": spread(gains),
+            "fresh": runs.spread([fresh[seed]["end"][language] for seed in seeds]),
+            "start": runs.spread([resized[last][seed]["start"][language] for seed in seeds]),
+            "ends": {m: runs.spread([resized[m][seed]["end"][language] for seed in seeds]) for m in options.budgets},
+            "reached": runs.spread(times) if all(map(math.isfinite, times)) else (math.inf, math.nan), "times": times,
+            "gain": runs.spread(gains),
         })  # fmt: skip
     return found
 
@@ -368,11 +305,7 @@ def plot(rows: list[dict], languages: list[str], options: argparse.Namespace) ->
                          f"{name}</text>")  # fmt: skip
     right, bottom = left + len(languages) * (width + 90), top + len(options.arms) * (height + 70)
     title = "Bits a byte of held-out text over minutes of training, mean over seeds; less is better"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {bottom}" font-family="sans-serif" '
-        f'font-size="13"><rect width="100%" height="100%" fill="#fff"/>'
-        f'<text x="10" y="20" font-weight="bold">{title}</text>{"".join(parts)}</svg>\n'
-    )
+    return runs.svg(title, right, bottom, parts)
 
 
 if __name__ == "__main__":

@@ -17,33 +17,33 @@ what the law says of it with the mean of its neighbours at the same text.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
-from twelve.config import small_v3
-from twelve.data.shards import META, PackedData
+import runs
+
+from twelve.config import small_v3, with_memory
+from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
-from twelve.files import read_json, write_json
+from twelve.files import write_json
 
 SHAPES = ("64x2", "128x3", "192x4", "256x4", "320x5", "384x6", "512x7", "640x8")  # width x layers
 SETTINGS = ("context", "marks", "limit", "decay_share")
 KEYS = ("width", "layers", "experts", "vocabulary", "batch", "rate", "seed", "threads")
+NAME = ("{width}x{layers}, {experts} experts, vocabulary {vocabulary}, {batch} rows, rate {rate:g}, seed {seed}, "
+        "{threads} threads")  # fmt: skip
 WARM = 3  # steps that tell nothing of the speed
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: dict, options: argparse.Namespace, folder: Path) -> dict:
-    """Train one shape with branches at the marks; its row."""
+def run(job: runs.Job, options: argparse.Namespace, folder: Path) -> runs.Row:
+    """Train one shape with branches at the marks; what it measures."""
     import torch
 
     from twelve.heap import keep_freed_memory
@@ -53,8 +53,7 @@ def run(job: dict, options: argparse.Namespace, folder: Path) -> dict:
     from twelve.plan.machine import measure, product_speed
     from twelve.plan.memory import training
     from twelve.posttrain.memory import peak
-    from twelve.train.loop import NO_END, Supervised
-    from twelve.train.plan import Plan, describe
+    from twelve.train.loop import NO_END
     from twelve.train.precision import pick_device, pick_precision
 
     torch.set_num_threads(job["threads"])
@@ -63,19 +62,19 @@ def run(job: dict, options: argparse.Namespace, folder: Path) -> dict:
     machine, gflops = measure(), product_speed(clock)
     keep_freed_memory()
     device = pick_device(options.device)
-    tokens = options.out / f"tokens-{job['vocabulary']}"
+    tokens = tokens_of(job["vocabulary"], options)
     data, words = PackedData(tokens), Tokenizer.load(tokens)
     context, batch, seed = options.context, job["batch"], job["seed"]
-    config = small_v3(words.vocab_size, job["width"], job["layers"], job["experts"], 2, context)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = words.bos_id, words.eos_id, words.pad_id
-    plan = Plan(
-        stage="pretrain", options={}, config=config.to_dict(), data=describe(data), context=context, batch_size=batch,
-        micro_batch_size=batch, learning_rate=job["rate"], seed=seed, threads=job["threads"],
-        precision=pick_precision(device), decay_share=options.decay_share,
+    config = small_v3(words.vocab_size, job["width"], job["layers"], job["experts"], 2, context, **with_memory())
+    config = runs.with_tokenizer(config, words)
+    model = Transformer(config)
+    model.memory.use_tokenizer(words)
+    model = model.init_weights(seed).to(device)
+    trainer = runs.pretraining(
+        model, data, folder, context=context, batch=batch, learning_rate=job["rate"], seed=seed,
+        threads=job["threads"], precision=pick_precision(device), decay_share=options.decay_share,
     )  # fmt: skip
-    model = Transformer(config).init_weights(seed).to(device)
-    (folder / "training").mkdir()
-    trainer = Supervised(model, lambda step: data.batch(step, batch, context, seed), plan, folder)
+    plan = trainer.plan
     times: list[float] = []
     marks, held = [], 0
     for mark in sorted(options.marks):
@@ -87,13 +86,14 @@ def run(job: dict, options: argparse.Namespace, folder: Path) -> dict:
         end = max(trainer.step + 1, round(trainer.step / (1 - plan.decay_share)))
         plan.revisions = [(0, end)]
         branch = [step(trainer, clock) for _ in range(end - trainer.step)]
+        bits = runs.bits_of(model, words, options.held_out, context, options.limit)
         marks.append({"seconds": round(main + sum(branch), 2), "tokens": trainer.tokens,
-                      "bits": measured(model, words, options)})  # fmt: skip
+                      "bits": {name: round(value, 5) for name, value in bits.items()}})  # fmt: skip
         restore(trainer, before)
     counts = cost.parameters(config)
     middle = statistics.median(times[WARM:] or times)
     return {
-        **job, "settings": settings(options, tokens), "context": context, "total": counts.total,
+        "context": context, "total": counts.total - counts.table,
         "active": counts.active, "flops": cost.causal_flops(config, context), "work": work(config, context, batch),
         "bytes_per_token": round(data.bytes / data.tokens, 4), "processor": machine.processor,
         "gflops": round(gflops, 1), "memory_gb_s": machine.memory_gb_s, "torch": machine.torch,
@@ -110,7 +110,9 @@ def step(trainer, clock) -> float:
 
 
 def snapshot(trainer) -> dict:
-    """All that a step changes."""
+    """All that a step changes; a table keeps a journal of what it was."""
+    if trainer.optimizer.table is not None:
+        trainer.optimizer.table.commit(trainer.step)
     return {
         "model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
         "optimizer": {name: tensor.clone() for name, tensor in trainer.optimizer.state.items()},
@@ -119,23 +121,13 @@ def snapshot(trainer) -> dict:
 
 
 def restore(trainer, state: dict) -> None:
+    table = trainer.optimizer.table
+    if table is not None:
+        table.rollback(state["steps"][1])
     trainer.model.load_state_dict(state["model"])
     for name, tensor in state["optimizer"].items():
         trainer.optimizer.state[name].copy_(tensor)
     trainer.optimizer.step_count, trainer.step, trainer.tokens = state["steps"]
-
-
-def measured(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, float]:
-    """Bits a byte of every held-out text."""
-    from twelve.evaluate.bits import bits_per_byte
-
-    model.eval()
-    bits = {
-        name: round(bits_per_byte(model, words, path, options.context, options.limit).bits_per_byte, 5)
-        for name, path in options.held_out
-    }
-    model.train()
-    return bits
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -144,7 +136,7 @@ def measured(model, words: Tokenizer, options: argparse.Namespace) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="*", metavar="TEXT", help="to train on; tokenised once for each vocabulary")
-    parser.add_argument("--held-out", nargs="+", type=_named, default=[], metavar="NAME=PATH")
+    parser.add_argument("--held-out", nargs="+", type=runs.named, default=[], metavar="NAME=PATH")
     parser.add_argument("--limit", type=int, default=40, help="documents of each that are measured (default: 40)")
     parser.add_argument("--marks", nargs="+", type=float, default=[1, 2, 4, 8, 16], help="minutes of training")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="WxL", help="width x layers")
@@ -156,81 +148,56 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--decay-share", type=float, default=0.4, help="of a branch (default: 0.4, as pretrain has)")
     parser.add_argument("--threads", type=int, default=1, help="of a run")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--device", help="default: what there is")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--export", type=Path, metavar="JSON", help="write the rows for `twelve plan`")
     parser.add_argument("--check", action="store_true", help="how well the law tells of runs that were left out")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    runs.add_options(parser, "runs/scaling", workers=1)
     options = parser.parse_args()
-    if options.one:
+    if job := options.one:
         with tempfile.TemporaryDirectory(dir=options.out) as folder:
-            row = run(options.one, options, Path(folder))
-        with open(options.out / "rows.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            found = run(job, options, Path(folder))
+        runs.add_row(options.out, job | found)
         return
+    failed = []
     if options.export:
         export(options)
     elif not options.check:
-        run_all(options)
+        if not options.held_out:
+            raise SystemExit("name what is measured: --held-out NAME=PATH")
+        for vocabulary in options.vocabulary:
+            runs.tokenized(options.text, tokens_of(vocabulary, options), vocabulary)
+        failed = runs.run_all(jobs(options), NAME, options.out, options.workers)
     if not options.export:
-        show(read_rows(options.out))
+        show(runs.read_rows(options.out))
     if options.check:
-        check(read_rows(options.out))
+        check(runs.read_rows(options.out))
+    runs.end(failed)
 
 
-def _named(value: str) -> tuple[str, str]:
-    name, _, path = value.partition("=")
-    if not path:
-        raise argparse.ArgumentTypeError(f"{value!r} is not NAME=PATH")
-    return name, path
+def tokens_of(vocabulary: int, options: argparse.Namespace) -> Path:
+    return options.out / f"tokens-{vocabulary}"
 
 
-def settings(options: argparse.Namespace, tokens: Path) -> dict:
+def settings(vocabulary: int, options: argparse.Namespace) -> dict:
     """What makes two rows comparable."""
     held_out = {name: Path(path).name for name, path in options.held_out}
-    data = read_json(tokens / META)["sha256"][:16]
+    data = runs.data_hash(tokens_of(vocabulary, options))[:16]
     return {name: getattr(options, name) for name in SETTINGS} | {"held_out": held_out, "data": data}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    if not options.held_out:
-        raise SystemExit("name what is measured: --held-out NAME=PATH")
-    for vocabulary in options.vocabulary:
-        tokens = options.out / f"tokens-{vocabulary}"
-        if not (tokens / META).exists():
-            from twelve.data.corpus import tokenize
-
-            tokenize(options.text, tokens, None, vocabulary)
+def jobs(options: argparse.Namespace) -> list[runs.Job]:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     choices = product(options.seed, options.rate, options.batch, options.vocabulary, options.experts, shapes)
-    jobs = [
+    return [
         dict(zip(KEYS, (*shape, experts, vocabulary, batch, rate, seed, options.threads), strict=True))
+        | {"settings": settings(vocabulary, options)}
         for seed, rate, batch, vocabulary, experts, shape in choices
     ]
-    done = [{key: row[key] for key in KEYS} | row["settings"] for row in read_rows(options.out)]
-
-    def start(job: dict) -> None:
-        if job | settings(options, options.out / f"tokens-{job['vocabulary']}") in done:
-            return
-        began = time.monotonic()
-        command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(job)]
-        ended = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        said = ended.stderr[-300:] if ended.returncode else f"{time.monotonic() - began:.0f} s"
-        print(f"{job}: {said}", flush=True)
-
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, jobs))
-
-
-def read_rows(out: Path) -> list[dict]:
-    path = out / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def export(options: argparse.Namespace) -> None:
     """The rows that can be compared with the last one, without what they all share."""
-    rows = read_rows(options.out)
+    rows = runs.read_rows(options.out)
     if not rows:
         raise SystemExit(f"{options.out} holds no rows")
 

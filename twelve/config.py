@@ -21,6 +21,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SINKHORN_ORDERS = ("columns_first", "deepseek_v4")
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
+MEMORY_ROWS = 65536  # of a head, in a model that gets a memory unasked
 
 
 @dataclass
@@ -273,10 +274,12 @@ def deepseek_v2_lite() -> ModelConfig:
     )  # fmt: skip
 
 
-def with_memory(switches: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The `switches` of `small_v3` for a model of the user's text: with Engram, since that predicts it better at equal
-    seconds (docs/lab.md), unless their engram_vocab_size is 0."""
-    switches = {"engram_vocab_size": 16384, **(switches or {})}
+def with_memory(switches: dict[str, Any] | None = None, tokens: int = 0) -> dict[str, Any]:
+    """The `switches` of `small_v3` for a model of a text of so many tokens (0: many): with Engram, since that predicts
+    text better at equal seconds (docs/lab.md), and of no more rows than the text can fill. An engram_vocab_size of 0
+    leaves it out."""
+    rows = min(MEMORY_ROWS, 1 << (tokens - 1).bit_length()) if tokens else MEMORY_ROWS
+    switches = {"engram_vocab_size": rows, **(switches or {})}
     if switches["engram_vocab_size"]:
         return switches
     return {key: value for key, value in switches.items() if not key.startswith("engram_")}

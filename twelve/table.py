@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,20 @@ class Table:
                 except OSError:  # another file system, or one without links
                     pass
             copy_file(self.path, temporary)
+
+    def part(self, spans: Sequence[tuple[int, int]], identity: dict[str, Any]) -> Table:
+        """A table of the rows [start, end) of these spans alone, one after the other, for reading and saving. Those of
+        a single span are read where they lie, so that they may be more than the memory holds; others are copied."""
+        self._settle()
+
+        def of(rows: Rows) -> Rows:
+            pieces = [rows.array[a:b] if rows.array is not None else rows.take(np.arange(a, b)) for a, b in spans]
+            array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            return Rows(array.shape, rows.dtype, array)
+
+        part = Table(of(self._rows), self._scales and of(self._scales), self.dtype, identity, self.compressed)
+        part.trainable = False
+        return part
 
     def close(self) -> None:
         """End its threads and let go of its files. Rows must not be read after it."""

@@ -13,10 +13,11 @@ import twelve
 from twelve import cli
 from twelve.config import ModelConfig, small_v3
 from twelve.convert import width
+from twelve.convert.axis import padded, repeated
 from twelve.convert.experts import with_experts
 from twelve.convert.importance import activity, drawn, influence, use
 from twelve.convert.resize import assemble, resize, with_layers
-from twelve.convert.width import padded, repeated, with_width
+from twelve.convert.width import with_width
 from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import calibration
 from twelve.errors import InputError
@@ -305,9 +306,7 @@ def test_one_line_says_what_cannot_be(case, size, words):
         resize(model_of(case), **size)
 
 
-def test_memories_streams_and_packed_weights_are_refused(tmp_path):
-    with pytest.raises(InputError, match="memory"):
-        resize(Transformer(small_v3(300, 64, 2, 0, engram_vocab_size=97)), layers=1)
+def test_streams_and_packed_weights_are_refused(tmp_path):
     streams = Transformer(small_v3(300, 64, 3, 4, 2, hc_mult=4)).init_weights(0)
     for size in ({"layers": 4}, {"width": 128}):
         with pytest.raises(InputError, match="hyper-connections"):

@@ -79,6 +79,13 @@ def test_an_interrupted_run_goes_on_with_its_table(text, trained, tmp_path, monk
         pretrain(text, folder, steps=6, switches={**SWITCHES, "engram_seed": 1}, **SMALL)
 
 
+def test_trial_steps_that_lead_to_no_plan_leave_no_trace(trained, text, tmp_path):
+    with pytest.raises(InputError, match="ask for more minutes"):
+        pretrain(text, tmp_path / "run", minutes=0.01, switches=SWITCHES, **SMALL)
+    pretrain(text, tmp_path / "run", steps=6, switches=SWITCHES, **SMALL)
+    assert (tmp_path / "run" / TABLE).read_bytes() == (trained / TABLE).read_bytes()
+
+
 @pytest.mark.parametrize("lora", [None, 4])
 def test_fine_tuning_changes_a_copy_unless_only_adapters_are_trained(trained, tmp_path, lora):
     before, chats = (trained / TABLE).read_bytes(), tmp_path / "chats.jsonl"

@@ -190,7 +190,8 @@ def family_of(config: ModelConfig) -> str:
     if config.hc_mult > 1:
         reasons.insert(0, "has no hyper-connections (hc_mult)")
     if config.engram_layer_ids:
-        reasons.insert(0, "has no Engram memory (engram_layer_ids)")
+        without = "train a model without one: `twelve pretrain TEXT --engram-vocab-size 0`"
+        reasons.insert(0, f"has no Engram memory (engram_layer_ids); {without}")
     if reasons:
         raise InputError(f"this model cannot become a GGUF file: llama.cpp {reasons[0]}")
     return "deepseek2" if config.is_mla else config.model_type

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from twelve.model import Transformer
+from twelve.model.engram import Engram
 from twelve.model.layers import RMSNorm
 from twelve.model.moe import Experts
 
@@ -44,19 +45,30 @@ def influence(model: Transformer, ids: Tensor) -> Tensor:
 
 def moments(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
     """Of every RMSNorm but those inside heads, by name: the mean outer product [N, N] float64 of what enters it, each
-    token's scaled to the mean square 1, as the norm does."""
+    token's scaled to the mean square 1, as the norm does. Engram's norms, of one stream, are among them: tokens for
+    which its table has nothing count as zeros, and where it has nothing at all, all directions are alike."""
     names = {m: n for n, m in model.named_modules() if isinstance(m, RMSNorm) and not n.endswith(("q_norm", "k_norm"))}
-    found = {name: torch.zeros(len(norm.weight), len(norm.weight), dtype=torch.float64) for norm, name in names.items()}
-    tokens = dict.fromkeys(found, 0)
+    engrams = {module: name for name, module in model.named_modules() if isinstance(module, Engram)}
+    found: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
 
-    def hook(norm: nn.Module, arguments: tuple, _) -> None:
-        x = arguments[0].flatten(0, -2)
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2)
         x = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
-        found[names[norm]] += x.T @ x
-        tokens[names[norm]] += len(x)
+        found[name] = found.get(name, 0.0) + (x.T @ x).double()
+        tokens[name] = tokens.get(name, 0) + len(x)
 
-    _read(model, ids, [(norm, hook) for norm in names])
-    return {name: total / tokens[name] for name, total in found.items()}
+    def see(norm: nn.Module, arguments: tuple, _) -> None:
+        add(names[norm], arguments[0])
+
+    def see_engram(engram: Engram, arguments: tuple, _) -> None:
+        x, rows = arguments[:2]
+        add(f"{engrams[engram]}.query_norm", x)
+        add(f"{engrams[engram]}.key_norm", engram.key_proj(rows.to(x.dtype)))
+        add(f"{engrams[engram]}.conv_norm", engram.value_proj(rows.to(x.dtype)))
+
+    _read(model, ids, [*((norm, see) for norm in names), *((engram, see_engram) for engram in engrams)])
+    return {name: total / tokens[name] if total.any() else total.fill_diagonal_(1.0) for name, total in found.items()}
 
 
 def activity(model: Transformer, ids: Tensor) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import WINDOW, calibration
 from twelve.errors import InputError
 from twelve.model import Transformer
+from twelve.model.engram import EngramMemory
 from twelve.quantize import forms_of
 
 LAYER = re.compile(r"^layers\.(\d+)\.")
@@ -40,10 +41,10 @@ def resize(
     evenly. More layers: each is followed by copies of itself whose output projections are zero (LLaMA-Pro, arXiv
     2401.02415). Width, and with it heads, latent ranks and feed-forward layers in proportion: `width.py`. Experts:
     `experts.py`. What these cut by is measured on the texts, or else on tokens drawn from the vocabulary. Everything
-    drawn comes from `seed`.
+    drawn comes from `seed`. A memory (Engram) keeps its table, but for the rows of a layer that finds no place.
 
-    `InputError` for packed weights, a model with a memory (Engram), more layers or another width with
-    hyper-connections, sizes that cannot be, and what `calibration` refuses.
+    `InputError` for packed weights, more layers or another width with hyper-connections, sizes that cannot be, and what
+    `calibration` refuses.
     """
     _check(model, layers, width, tokenizer, texts)
     model, depth = model.eval(), model.config.num_hidden_layers
@@ -58,9 +59,9 @@ def resize(
     elif layers is not None and layers > depth:
         model = with_layers(model, [place * depth // layers for place in range(layers)])
     if experts is not None:
-        model = assemble(*with_experts(model, experts, ids, seed))
+        model = assemble(*with_experts(model, experts, ids, seed), model.memory)
     if width is not None and width != model.config.hidden_size:
-        model = assemble(*with_width(model, width, ids, seed))
+        model = assemble(*with_width(model, width, ids, seed), model.memory)
     return model
 
 
@@ -70,8 +71,6 @@ def _check(
     config = model.config
     if forms_of(model):
         raise InputError("packed weights cannot be resized: `twelve convert MODEL --out FOLDER` makes floats of them")
-    if config.engram_layer_ids:
-        raise InputError("a model with a memory (Engram) cannot be resized: its rows belong to its layers and width")
     for name, value in (("layers", layers), ("width", width)):
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} is not possible: ask for 1 or more")
@@ -88,8 +87,11 @@ def spread(depth: int, layers: int) -> list[int]:
 
 def with_layers(model: Transformer, sources: list[int]) -> Transformer:
     """The model whose layer i is layer sources[i] of `model`, which must not fall; a layer that comes again adds
-    nothing to the residual at first. Embedding, final norm, head and MTP modules are the model's own."""
+    nothing to the residual at first. Embedding, final norm, head and MTP modules are the model's own; so is the memory,
+    each Engram in the place that `_engram_places` gives it, with the hashes and the rows that it had."""
     config = model.config
+    engrams = _engram_places(config.engram_layer_ids, sources)
+    left = [layer for layer in config.engram_layer_ids if layer in engrams]
     depth, dense = config.num_hidden_layers, config.first_k_dense_replace
     first_dense = sum(index < dense for index in sources) + max(0, dense - depth)  # MTP counts on
     state = {}
@@ -98,16 +100,44 @@ def with_layers(model: Transformer, sources: list[int]) -> Transformer:
         if found is None:
             state[name] = tensor
             continue
+        if name.startswith("engram.", found.end()):
+            if int(found[1]) in engrams:
+                state[f"layers.{engrams[int(found[1])]}.{name[found.end():]}"] = tensor
+            continue
         places = [place for place, source in enumerate(sources) if source == int(found[1])]
         for place in places:
             copy = torch.zeros_like if name.endswith(OUTPUTS) else torch.clone
             state[f"layers.{place}.{name[found.end():]}"] = tensor if place == places[0] else copy(tensor)
-    return assemble(replace(config, num_hidden_layers=len(sources), first_k_dense_replace=first_dense), state)
+    config = replace(
+        config, num_hidden_layers=len(sources), first_k_dense_replace=first_dense,
+        engram_layer_ids=[engrams[layer] for layer in left], engram_hash_layers=_hash_layers(config, left),
+    )  # fmt: skip
+    return assemble(config, state, model.memory)
 
 
-def assemble(config: ModelConfig, state: dict[str, Tensor]) -> Transformer:
-    """A model with these tensors themselves as its weights."""
+def _engram_places(layers: list[int], sources: list[int]) -> dict[int, int]:
+    """Where the Engrams of `layers` go: with their layer, to the first of its copies; without it to the next one, or
+    the last, unless another Engram is there. Those left out find no place."""
+    taken: dict[int, int] = {}
+    for layer in sorted(layers, key=lambda layer: (layer not in sources, layer)):  # who moves comes last
+        place = next((place for place, source in enumerate(sources) if source >= layer), len(sources) - 1)
+        taken.setdefault(place, layer)
+    return {layer: place for place, layer in taken.items()}
+
+
+def _hash_layers(config: ModelConfig, left: list[int]) -> list[int]:
+    """`engram_hash_layers` when of `engram_layer_ids` only those `left` go on. It ends with the last of them."""
+    layers = iter(config.engram_layer_ids)
+    before = config.engram_hash_layers or config.engram_layer_ids
+    after = [number if number >= 0 and next(layers) in left else -1 for number in before]
+    return after[: max((place + 1 for place, number in enumerate(after) if number >= 0), default=0)]
+
+
+def assemble(config: ModelConfig, state: dict[str, Tensor], memory: EngramMemory | None = None) -> Transformer:
+    """A model with these tensors themselves as its weights, and the table of this memory."""
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(state, assign=True)
+    if memory is not None:
+        model.memory.adopt(memory)
     return model.eval()

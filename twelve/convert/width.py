@@ -3,77 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from twelve.config import ModelConfig
+from twelve.convert.axis import Axis, chosen, padded, principal, repeated
 from twelve.convert.importance import activity, moments
 from twelve.model import Transformer
-
-NOISE = 0.5  # of what tells copies apart, in units of a matrix's own spread
-
-
-@dataclass
-class Axis:
-    """How an axis of `old` numbers becomes one of `new`: z turns into write z, and w . z into (read w) . (write z).
-
-    write and read are [new, old] float64. Where nothing is lost, read^T write is the identity. Then anything may be
-    added to what reads that is blind to write, and noise is: otherwise copies would have equal gradients for ever, and
-    what is zero none.
-    """
-
-    write: Tensor
-    read: Tensor
-    draw: torch.Generator
-    spread: float  # of a matrix, at least, for the noise
-
-    def rows(self, weight: Tensor, dim: int = 0) -> Tensor:
-        """A matrix that writes to this axis, its dimension `dim`."""
-        return torch.tensordot(self.write, weight, ([1], [dim])).movedim(0, dim)
-
-    def columns(self, weight: Tensor, dim: int = -1) -> Tensor:
-        """A matrix that reads from this axis, its dimension `dim`."""
-        out = torch.tensordot(weight, self.read, ([dim], [1]))
-        if len(self.write) > self.write.shape[1]:
-            noise = torch.randn(out.shape, generator=self.draw, dtype=out.dtype)
-            blind = torch.eye(len(self.write)) - self.write @ self.read.T
-            out += noise @ blind * (NOISE * max(float(out.std()), self.spread))
-        return out.movedim(-1, dim)
-
-    def norm(self, weight: Tensor) -> Tensor:
-        """The weights of an RMSNorm on this axis, which keep their places; what is new has their mean."""
-        weights = (self.write != 0).double() @ weight
-        return torch.where(self.write.any(1), weights, weight.mean())
-
-
-def repeated(old: int, new: int, **noise) -> Axis:
-    """Copies one after the other, each read at its share; for heads and neurons."""
-    write = torch.eye(old, dtype=torch.float64)[torch.arange(new) % old]
-    return Axis(write, write / write.sum(0), **noise)
-
-
-def padded(old: int, new: int, **noise) -> Axis:
-    """As many whole copies as fit, then zeros, at a scale that keeps the mean square, so that an RMSNorm behind does
-    the same as before (LEMON, arXiv 2310.07999)."""
-    copies = new // old
-    scale = (new / (copies * old)) ** 0.5
-    write = torch.zeros(new, old, dtype=torch.float64)
-    write[: copies * old] = torch.eye(old, dtype=torch.float64).repeat(copies, 1) * scale
-    return Axis(write, write / (copies * scale**2), **noise)
-
-
-def chosen(score: Tensor, new: int, **noise) -> Axis:
-    """The `new` highest scores, in their order."""
-    write = torch.eye(len(score), dtype=torch.float64)[score.topk(new).indices.sort().values]
-    return Axis(write, write, **noise)
-
-
-def principal(moment: Tensor, new: int, **noise) -> Axis:
-    """The `new` directions that hold most of a mean outer product [old, old] (SliceGPT, arXiv 2401.15024)."""
-    write = torch.linalg.eigh(moment).eigenvectors[:, -new:].T.contiguous()
-    return Axis(write, write, **noise)
 
 
 def scaled(config: ModelConfig, width: int) -> ModelConfig:
@@ -103,6 +41,10 @@ def with_width(model: Transformer, width: int, ids: Tensor, seed: int) -> tuple[
     every RMSNorm is scaled by the change of the root mean square; of heads and neurons those stay whose mean |output|
     times the length of what reads it is largest. A tied head becomes a matrix of its own, since it cannot turn with the
     embedding and take the norm's scales in, too.
+    Engram's rows keep their width. Wider: SiLU behind its convolution does not commute with a scale, so the residual
+    then has none but 1, and where zeros fill it up, norms' weights and rms_norm_eps make up for them. Narrower: a key's
+    norm counts what the directions do not hold at its mean, and the convolution, which cannot turn with them, has for
+    each the mean of the channels' filters, by their shares in it. Both are only near to what they were.
     """
     return _Change(model, width, ids, seed).result()
 
@@ -113,6 +55,10 @@ class _Change:
     def __init__(self, model: Transformer, width: int, ids: Tensor, seed: int) -> None:
         self.model, self.old, self.new = model, model.config, scaled(model.config, width)
         self.narrower = width < self.old.hidden_size
+        self.shrink = 1.0  # of the residual
+        if not self.narrower and self.old.engram_layer_ids and self.old.engram_kernel_size:
+            self.shrink = width // self.old.hidden_size * self.old.hidden_size / width
+            self.new.rms_norm_eps *= self.shrink
         self.noise = {"draw": torch.Generator().manual_seed(seed), "spread": self.old.initializer_range}
         self.moments = moments(model, ids) if self.narrower else {}
         self.activity = activity(model, ids) if self.narrower else {}
@@ -132,21 +78,24 @@ class _Change:
         model, old = self.model, self.old
         moment = None
         if self.narrower:  # every norm counts alike
-            inner = ("_a_layernorm", "hnorm")
+            inner = ("_a_layernorm", "hnorm", "key_norm", "conv_norm")
             moment = sum(m for name, m in self.moments.items() if not name.endswith(inner))
-        self.stream = self._behind_norm(old.hidden_size, self.new.hidden_size, moment)
+        self.stream = self._behind_norm(old.hidden_size, self.new.hidden_size, moment, self.shrink)
+        self.longer = 1.0 if self.narrower else self.shrink * self.new.hidden_size / old.hidden_size  # <x, y>
         self.put("embed_tokens.weight", self.stream.rows(self.get("embed_tokens.weight"), 1))
         blocks = [f"layers.{index}" for index in range(len(model.layers))]
         for name in blocks + [f"mtp.{index}.block" for index in range(len(model.mtp))]:
             (self._latent if old.is_mla else self._grouped)(f"{name}.self_attn", f"{name}.input_layernorm")
             self._feed_forward(f"{name}.mlp", f"{name}.post_attention_layernorm")
+        for index in old.engram_layer_ids:
+            self._engram(f"layers.{index}.engram")
         self._ends()
         return self.new, self.state
 
     # --- pieces -------------------------------------------------------------------------------------------------------
 
-    def _behind_norm(self, old: int, new: int, moment: Tensor | None) -> Axis:
-        return principal(moment, new, **self.noise) if self.narrower else padded(old, new, **self.noise)
+    def _behind_norm(self, old: int, new: int, moment: Tensor | None, shrink: float = 1.0) -> Axis:
+        return principal(moment, new, **self.noise) if self.narrower else padded(old, new, shrink, **self.noise)
 
     def _units(self, old: int, new: int, score: Tensor | None) -> Axis:
         return chosen(score, new, **self.noise) if self.narrower else repeated(old, new, **self.noise)
@@ -157,12 +106,13 @@ class _Change:
         if not self.narrower:
             self.put(f"{norm}.weight", axis.norm(weight))
             return [axis.columns(matrix) for matrix in matrices]
-        self.put(f"{norm}.weight", torch.full((len(axis.write),), self._shrunk(norm, axis), dtype=torch.float64))
+        self.put(f"{norm}.weight", axis.even(self._shrunk(norm, axis.write)))
         return [axis.columns(matrix * weight) for matrix in matrices]
 
-    def _shrunk(self, norm: str, axis: Axis) -> float:
-        """Root mean square of what the axis keeps of a norm's input, over that of all, which is 1."""
-        return float(torch.einsum("ni,ij,nj->n", axis.write, self.moments[norm], axis.write).mean().sqrt())
+    def _shrunk(self, norm: str, write: Tensor) -> float:
+        """Root mean square of what `write` makes of a norm's input, over that of the input."""
+        moment = self.moments[norm]
+        return float((torch.einsum("ni,ij,nj->n", write, moment, write).mean() / moment.diagonal().mean()).sqrt())
 
     def _blocks(self, axis: Axis, matrix: Tensor) -> Tensor:
         """Rows [units * size, ...] of a matrix that writes whole units, such as heads."""
@@ -252,6 +202,34 @@ class _Change:
         self._put_with_bias(f"{name}.up_proj", up, units.rows)
         self._put_output(f"{name}.down_proj", units)
 
+    def _engram(self, name: str) -> None:
+        """The score is an inner product of two normed vectors over the root of the width."""
+        key, value = self._weights(name, "key_proj", "value_proj")
+        query_norm, key_norm = self.get(f"{name}.query_norm"), self.get(f"{name}.key_norm")
+        write, root = self.stream.write, (self.new.hidden_size / self.old.hidden_size) ** 0.5
+        if self.narrower:  # both norms' scales go into the key
+            product = query_norm * key_norm
+            key = key * product[:, None]
+            query_norm = self.stream.even(self._shrunk(f"{name}.query_norm", write))
+            key_norm = self.stream.even(self._shrunk(f"{name}.key_norm", write * product))
+        else:
+            query_norm, key_norm = self.stream.norm(query_norm), self.stream.norm(key_norm)
+        self.put(f"{name}.query_norm", query_norm)
+        self.put(f"{name}.key_norm", key_norm * root / self.longer)
+        self.put(f"{name}.key_proj.weight", self.stream.rows(key))
+        self.put(f"{name}.value_proj.weight", self.stream.rows(value))
+        if self.old.engram_kernel_size:
+            self._convolution(name)
+
+    def _convolution(self, name: str) -> None:
+        conv, norm = self.get(f"{name}.conv"), self.get(f"{name}.conv_norm")
+        if not self.narrower:
+            self.put(f"{name}.conv", torch.stack([self.stream.factors(tap) for tap in conv]))
+            self.put(f"{name}.conv_norm", self.stream.norm(norm))
+            return
+        self.put(f"{name}.conv", (conv * norm) @ (self.stream.write**2).T)
+        self.put(f"{name}.conv_norm", self.stream.even(self._shrunk(f"{name}.conv_norm", self.stream.write)))
+
     def _ends(self) -> None:
         """Final norm and head, and what is around the blocks of MTP modules, which read the states that it leaves."""
         head = "embed_tokens" if self.old.tie_word_embeddings else "lm_head"
@@ -268,7 +246,7 @@ class _Change:
             [hidden] = self._read(f"{name}.hnorm", self.stream, hidden)
             if self.narrower:  # what comes in has the mean square 1, and had another with these scales
                 before = (self.get(f"{final}.weight") ** 2 * self.moments[final].diagonal()).mean().sqrt()
-                scale = self._shrunk(final, self.stream) / before
+                scale = self._shrunk(final, self.stream.write) / before
                 self.put(f"{name}.hnorm.weight", scale.expand(self.new.hidden_size))
             self.put(f"{name}.eh_proj.weight", self.stream.rows(torch.cat((embedded, hidden), 1)))
             final = f"{name}.norm"
@@ -276,4 +254,4 @@ class _Change:
         if self.new.tie_word_embeddings:  # the head reads as the embedding writes: the norms make up for it
             for name in ("norm", *(f"mtp.{index}.norm" for index in range(len(self.model.mtp)))):
                 weight = self.state[f"{name}.weight"].double()
-                self.put(f"{name}.weight", weight * self.old.hidden_size / self.new.hidden_size)
+                self.put(f"{name}.weight", weight / self.longer)

@@ -7,6 +7,7 @@ be fetched before the forward pass needs them. A layer weighs what it gets again
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,22 @@ LAYER_SEEDS = 10007  # how far the seeds of two layers with neighbouring numbers
 class NGramHash:
     """From the last tokens to rows: for each layer L, n = 2 .. N and head K a hash function of its own.
 
-    primes, offsets [L, N - 1, K] int64: how many rows a head has, no two the same number, and where they begin in the
-    one table of all layers. multipliers [L, N] int64: odd, and so small that no product with a token overflows.
+    layers [L]: the numbers that the functions are drawn for, which go along where an Engram moves. primes, offsets
+    [L, N - 1, K] int64: how many rows a head has, no two the same number, and where they begin in the one table of all
+    layers. multipliers [L, N] int64: odd, and so small that no product with a token overflows.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        layers, ngrams = config.engram_layer_ids, config.engram_max_ngram_size - 1
-        shape = (len(layers), ngrams, config.engram_n_heads)
-        self.primes = _primes(config.engram_vocab_size, len(layers) * ngrams * config.engram_n_heads).reshape(shape)
+        numbers, ngrams = config.engram_hash_layers or config.engram_layer_ids, config.engram_max_ngram_size - 1
+        shape = (len(numbers), ngrams, config.engram_n_heads)
+        here = np.array(numbers) >= 0
+        self.layers = [number for number in numbers if number >= 0]
+        self.primes = _primes(config.engram_vocab_size, math.prod(shape)).reshape(shape)[here]
         ends = np.cumsum(self.primes)
-        self.offsets = (ends - self.primes.ravel()).reshape(shape)
+        self.offsets = ends.reshape(self.primes.shape) - self.primes
         self.total_rows = int(ends[-1])
         largest = (2**63 - 1) // config.vocab_size
-        seeds = (config.engram_seed + LAYER_SEEDS * layer for layer in layers)
+        seeds = (config.engram_seed + LAYER_SEEDS * layer for layer in self.layers)
         drawn = [np.random.Philox(key=seed).random_raw(ngrams + 1) % np.uint64((largest + 1) // 2) for seed in seeds]
         self.multipliers = np.array(drawn).astype(np.int64) * 2 + 1
 
@@ -106,7 +110,7 @@ class EngramMemory(nn.Module):
         """All that decides which row belongs to which tokens; a table of another identity means nothing here."""
         config = self.config
         return {
-            "layers": config.engram_layer_ids, "max_ngram_size": config.engram_max_ngram_size,
+            "layers": self.hash.layers, "max_ngram_size": config.engram_max_ngram_size,
             "heads": config.engram_n_heads, "pad_id": config.engram_pad_id, "seed": config.engram_seed,
             "vocab_size": config.vocab_size, "primes": self.hash.primes.tolist(),
             "multipliers": self.hash.multipliers.tolist(),
@@ -134,6 +138,15 @@ class EngramMemory(nn.Module):
         wanted = (self.hash.total_rows, self.config.engram_head_dim, self.config.engram_dtype)
         if found != wanted:
             raise InputError(f"{path} has {_described(*found)}, config.json wants {_described(*wanted)}")
+
+    def adopt(self, other: EngramMemory) -> None:
+        """Read the table of `other`, which has all of these hashes, without the rows of those that are not here."""
+        self.compressed, self.table = other.compressed, other.table
+        places = [other.hash.layers.index(layer) for layer in self.hash.layers]
+        if len(places) < len(other.hash.layers):
+            starts = other.hash.offsets[places, 0, 0]
+            ends = starts + other.hash.primes[places].sum((1, 2))
+            self.table = other.table.part(np.stack((starts, ends), 1).tolist(), self.identity)
 
     def look_up(self, ids: Tensor, at: Positions) -> dict[int, Tensor]:
         """What the table holds for ids [B, T] and for the P tokens of `at.past` in front of them: by layer,

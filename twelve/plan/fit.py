@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from twelve.config import ModelConfig, small_v3
+from twelve.config import ModelConfig, small_v3, with_memory
 from twelve.errors import InputError
 from twelve.plan import cost, memory
 from twelve.plan.law import Law, Row, best_settings, bytes_per_token, fit_law, fit_utilisation, work
@@ -143,12 +143,12 @@ def _planned(
     """This shape, trained like the nearest run: its speed, steps and memory; not yet its bits per byte."""
     context, batch = request.context or nearest["context"], request.batch or nearest["batch"]
     shape = (vocabulary, width, layers, experts, EXPERTS_PER_TOKEN, context, request.mtp)
-    config = small_v3(*shape, **request.switches)
     data_tokens = 0
     if request.text_bytes is not None:
         data_tokens = max(1, int(request.text_bytes / (request.bytes_per_token or bytes_per_token(rows, vocabulary))))
         while request.batch is None and batch > 1 and EPOCHS * data_tokens < STEPS_OF_LITTLE * batch * context:
             batch //= 2
+    config = small_v3(*shape, **with_memory(request.switches, data_tokens))
     speed = request.gflops * 1e9 * reached(width, experts > 0, request.threads) / work(config, context, batch)
     speed *= COMPILED if request.compiled else 1.0
     steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))

@@ -25,9 +25,7 @@ def kept_layers(depth: int, layers: int) -> list[int]:
 
 def cut(teacher: Transformer, layers: int) -> tuple[Transformer, list[int]]:
     """A model of float weights made of `layers` of the teacher's, and which these are. Embedding, final norm, head and
-    MTP modules are the teacher's own. InputError where the teacher has fewer layers, or a memory."""
-    if teacher.config.engram_layer_ids:
-        raise InputError("a model with a memory (Engram) cannot be cut: its rows belong to its layers; ask for --width")
+    MTP modules are the teacher's own, and so is its memory (`with_layers`). InputError where it has fewer layers."""
     kept = kept_layers(teacher.config.num_hidden_layers, layers)
     dequantize(teacher)
     return with_layers(teacher, kept), kept

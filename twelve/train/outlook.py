@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from twelve.config import ModelConfig, with_memory
+from twelve.config import ModelConfig
 from twelve.data.survey import Survey, survey
 from twelve.errors import InputError
 from twelve.model.transformer import has_compiler
@@ -130,7 +130,7 @@ def expect(
         seconds, limit, _speed(machine, target), machine.threads, text_bytes=corpus.text_bytes, sample=corpus.sample,
         vocabulary=corpus.vocabulary or vocab_size, bytes_per_token=corpus.bytes_per_token,
         context=context, batch=batch, learning_rate=learning_rate, mtp=mtp,
-        switches=with_memory(switches), compiled=compile,
+        switches=switches or {}, compiled=compile,
     )  # fmt: skip
     rows = load()
     choices = choose(request, rows)

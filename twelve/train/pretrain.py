@@ -82,7 +82,7 @@ def pretrain(
             shape = (sizes[name] for name in ("width", "layers", "experts", "experts_per_token", "context"))
             micro = chosen.get("micro_batch")
             if start is None:
-                config = small_v3(words.vocab_size, *shape, mtp, **with_memory(switches))
+                config = small_v3(words.vocab_size, *shape, mtp, **with_memory(switches, data.tokens))
                 config.bos_token_id = words.bos_id
                 config.eos_token_id = words.eos_id
                 config.pad_token_id = words.pad_id

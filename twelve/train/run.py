@@ -24,6 +24,7 @@ from twelve.heap import keep_freed_memory
 from twelve.lora import merge
 from twelve.model import count_parameters
 from twelve.train.loop import NO_END, Interrupted, Trainer
+from twelve.train.memory import JOURNAL
 from twelve.train.plan import Plan
 
 EPOCHS = 3  # where neither minutes nor steps are given
@@ -73,6 +74,8 @@ def run(
         torch.set_num_threads(plan.threads)
         keep_freed_memory()
         (folder / "training").mkdir(parents=True, exist_ok=True)
+        if not resumed:
+            (folder / JOURNAL).unlink(missing_ok=True)  # of trial steps that led to no plan
         trainer = prepared.make_trainer()
         if not resumed and _fix_length(trainer, prepared, minutes, steps, started):
             trainer = None  # before another takes as much memory
