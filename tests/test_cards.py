@@ -50,7 +50,7 @@ def room(tmp_path_factory):
     (place / "task.py").write_text(TASK)
     text, small = str(place / "data" / "text.jsonl"), {"steps": 2, "quiet": True}
     pretrain([text], place / "base", seed=7, vocab_size=400, width=64, layers=2, experts=4, experts_per_token=2,
-             context=128, batch=2, switches={"engram_vocab_size": 500}, **small)  # fmt: skip
+             context=128, batch=2, switches={"engram_vocab_size": 0}, **small)  # fmt: skip
     sft(place / "base", [str(place / "talk.jsonl")], place / "tuned", seed=3, batch=2, context=64, **small)
     rl(place / "tuned", place / "rewarded", [str(place / "task.py")], seed=4, prompts=2, group=2, problems=2,
        max_tokens=4, method="rejection", **small)  # fmt: skip
@@ -111,6 +111,14 @@ def test_what_each_way_of_training_says(room):
     assert "one standard error" in read(room / "rewarded").parts["Measurements"]
     assert f"`{room}/rewarded`" in read(room / "distilled").parts["Origin"]  # the teacher
     assert "layers 0 of the 2" in read(room / "student").text
+
+
+def test_a_model_with_a_memory_says_so_and_who_reads_it(room, tmp_path):
+    pretrain([str(room / "data" / "text.jsonl")], tmp_path / "model", steps=1, width=64, layers=1, experts=0,
+             vocab_size=400, context=64, batch=1, quiet=True)  # fmt: skip
+    card = read(tmp_path / "model")
+    assert card.head["tags"] == ["twelve", "pretrain"] and "conditional memory (Engram)" in card.text
+    assert "Only twelve reads this folder" in card.parts["Run it"]
 
 
 def test_a_packed_folder_states_its_bits_and_its_error(room):
