@@ -7,9 +7,11 @@ measured on TEXT), and a fresh model of just that shape is trained beside it for
 The resized one is trained anew for each of the budgets, each a whole run with its own decay of the learning rate, so
 that the time to the fresh one's value is read between ends of runs, not on the way. The teacher's own minutes do not
 count: the question is what to do when one has a model. Seconds that resizing takes are told; measuring is not counted.
+Minutes are the processor's, so that other work on it changes nothing.
 
-Arms: half the depth, half the width, and experts from a dense model. A run is a process of its own on one thread,
-`--workers` at a time, and leaves its row in rows.jsonl: the same command goes on where it stopped.
+Arms: half the depth, half the width, and experts from a dense model; models have a memory (Engram), as `pretrain` makes
+them. A run is a process of its own on one thread, `--workers` at a time, and leaves its row in rows.jsonl: the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from statistics import mean
 import runs
 
 from twelve import report
-from twelve.config import small_v3
+from twelve.config import small_v3, with_memory
 from twelve.data.shards import PackedData
 from twelve.data.tokenizer import Tokenizer
 
@@ -51,17 +53,16 @@ def teacher_of(arm: str, seed: int, options: argparse.Namespace) -> Path:
 
 def make_teacher(arm: str, seed: int, options: argparse.Namespace) -> runs.Row:
     """Train the model that this arm resizes, and keep it as a folder; what it measures."""
-    from twelve.convert import save
     from twelve.model import Transformer
 
     words = Tokenizer.load(options.out / "tokens")
     experts = 0 if arm == "experts" else options.experts
     config = small_v3(words.vocab_size, options.width, options.layers, experts, options.experts_per_token,
-                      options.context)  # fmt: skip
+                      options.context, **with_memory())  # fmt: skip
     model = Transformer(runs.with_tokenizer(config, words)).init_weights(seed)
-    row = train(model, options.teacher_minutes, seed, options.learning_rate, options)
-    save(model, words, teacher_of(arm, seed, options))
-    return row
+    model.memory.use_tokenizer(words)
+    place = teacher_of(arm, seed, options)
+    return train(model, options.teacher_minutes, seed, options.learning_rate, options, place)
 
 
 def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespace) -> runs.Row:
@@ -76,15 +77,19 @@ def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespa
     figures = {"resize_seconds": time.monotonic() - began} if way == "resized" else {}
     if way == "fresh":
         model = Transformer(model.config).init_weights(seed)
+        model.memory.use_tokenizer(words)
     figures["start"] = runs.bits_of(model, words, options.held_out, options.context, options.limit)
     rate = options.learning_rate if way == "fresh" else options.resized_rate
     return figures | count_parameters(model.config) | train(model, minutes, seed, rate, options)
 
 
-def train(model, minutes: float, seed: int, rate: float, options: argparse.Namespace) -> runs.Row:
-    """Train `model` for that time: marks on the way, and what it measures at the end."""
+def train(
+    model, minutes: float, seed: int, rate: float, options: argparse.Namespace, place: Path | None = None
+) -> runs.Row:
+    """Train `model` for that time, and save it in `place`: marks on the way, and what it measures at the end."""
     import torch
 
+    from twelve.convert import save
     from twelve.heap import keep_freed_memory
 
     torch.set_num_threads(1)
@@ -98,10 +103,12 @@ def train(model, minutes: float, seed: int, rate: float, options: argparse.Names
     with tempfile.TemporaryDirectory() as folder:
         trainer = runs.pretraining(model, data, Path(folder), context=options.context, batch=options.batch,
                                    learning_rate=rate, seed=seed)  # fmt: skip
-        for spent, falling, _ in runs.timed_steps(trainer, 60 * minutes, time.monotonic):
+        for spent, falling, _ in runs.timed_steps(trainer, 60 * minutes, time.process_time):
             if spent // options.mark > len(marks):
                 marks.append({"seconds": spent, "tokens": trainer.tokens, "falling": falling} | measure())
-    return {"steps": trainer.step, "tokens": trainer.tokens, "seconds": spent, "marks": marks, "end": measure()}
+        if place is not None:
+            save(model.eval(), words, place)
+        return {"steps": trainer.step, "tokens": trainer.tokens, "seconds": spent, "marks": marks, "end": measure()}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
