@@ -89,6 +89,13 @@ def test_linear_cross_entropy(rows):
     )  # fmt: skip
 
 
+def test_cross_entropy_of_the_impossible_is_finite_and_teaches():
+    hidden, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1]))
+    loss.backward()
+    assert 87 < loss < 88 and weight.grad.tolist() == [[200.0], [-200.0]] and hidden.grad == 2
+
+
 def test_cross_entropy_without_targets_is_zero():
     hidden = tensor(5, 4)
     loss = linear_cross_entropy(hidden, tensor(7, 4), torch.full((5,), -100))
