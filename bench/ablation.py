@@ -8,8 +8,8 @@ training that the processor worked for them; measuring is not counted. Where oth
 arms at a time, even on one core: it then slows them alike.
 
 Bits a byte of the held-out texts are measured at token marks that all arms share, and at the end. Equal seconds
-compares the ends. Equal tokens compares the last mark that every run passed before its learning rate began to fall: at
-later ones the arms are at different points of the schedule.
+compares the ends. Equal tokens compares the last mark that the arm's runs and plain's all passed before their learning
+rate began to fall: at later ones they are at different points of the schedule.
 
 Parameters are those of the model that is kept, so without MTP modules; the table's count among all, and the rows that a
 token reads among the active ones. +experts is plain with as many more parameters in routed experts as the table has, so
@@ -175,15 +175,17 @@ def differences(rows: list[dict], arm: str, rates: dict[str, float], language: s
 
 def verdicts(rows: list[dict], languages: list[str]) -> list[dict]:
     """A line for every arm, language and way to compare."""
-    rates, mark = best_rates(rows, languages), common_mark(rows)
+    rates = best_rates(rows, languages)
     found = []
-    for (how, at), language, arm in product((("tokens", mark), ("seconds", None)), languages, rates):
-        if arm == "plain" or "plain" not in rates or (how == "tokens" and mark < 0):
+    for how, language, arm in product(("tokens", "seconds"), languages, rates):
+        mark = common_mark([row for row in rows if row["arm"] in ("plain", arm)]) if how == "tokens" else None
+        if arm == "plain" or "plain" not in rates or mark == -1:
             continue
-        changes = differences(rows, arm, rates, language, at)
+        changes = differences(rows, arm, rates, language, mark)
         if changes:
+            at = 0 if mark is None else rows[0]["marks"][mark]["tokens"]
             average, error = runs.spread(changes)
-            found.append({"equal": how, "text": language, "arm": arm, "rate": rates[arm],
+            found.append({"equal": f"{at:,} {how}" if at else how, "text": language, "arm": arm, "rate": rates[arm],
                           "change": average, "error": error, "p": runs.paired(changes), "seeds": len(changes),
                           "changes": changes})  # fmt: skip
     return found
@@ -192,13 +194,10 @@ def verdicts(rows: list[dict], languages: list[str]) -> list[dict]:
 def print_table(rows: list[dict], languages: list[str]) -> None:
     for line in summary(rows, languages):
         print("  ".join(f"{key} {value}" for key, value in line.items()))
-    mark = common_mark(rows)
-    if mark >= 0:
-        print(f"\nequal tokens: at {min(row['marks'][mark]['tokens'] for row in rows):,} tokens")
     print("change of bits a byte against plain, paired over seeds; each arm at its best learning rate")
     for found in verdicts(rows, languages):
         change = f"{found['change']:+.4f} ± {found['error']:.4f}  p {found['p']:.3f}"
-        print(f"  equal {found['equal']:8} {found['text']:4} {found['arm']:9} {change}  ({found['seeds']} seeds, "
+        print(f"  equal {found['equal']:14} {found['text']:4} {found['arm']:9} {change}  ({found['seeds']} seeds, "
               f"learning rate {found['rate']:g})")  # fmt: skip
 
 
@@ -246,7 +245,7 @@ def plot(rows: list[dict], languages: list[str]) -> str:
     for column, how in enumerate(("tokens", "seconds")):
         middle, y = left + column * (width + gap) + width / 2, 58
         parts.append(f'<text x="{middle}" y="42" text-anchor="middle">equal {how}</text>')
-        for line in (line for line in found if line["equal"] == how):
+        for line in (line for line in found if line["equal"].endswith(how)):
             fill = "#3b6ea8" if line["change"] < 0 else "#b5723f"
             parts += [
                 runs.label(middle - width / 2 - 10, y, f"{line['arm']}, {line['text']}", "end"),

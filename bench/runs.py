@@ -201,11 +201,13 @@ def pretraining(
     """A trainer as `pretrain` has it, step by step under the caller's hand; its files would lie in `folder`."""
     from twelve.train.loop import Supervised
     from twelve.train.plan import Plan, describe
+    from twelve.train.pretrain import DRAWN
 
     made = Plan(
         stage="pretrain", options={}, config=model.config.to_dict(), data=describe(data), context=context,
         batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed, threads=threads,
         precision=precision, **plan,
+        drawn=int(DRAWN * model.config.vocab_size) if model.device.type == "cpu" else 0,
     )  # fmt: skip
     (folder / "training").mkdir()
     return Supervised(model, lambda step: data.batch(step, batch, context, seed), made, folder)

@@ -11,7 +11,7 @@ from twelve.model.fast import (
     plain_experts,
     sorted_experts,
 )
-from twelve.model.layers import linear_cross_entropy, plain_cross_entropy
+from twelve.model.layers import linear_cross_entropy, plain_cross_entropy, sampled_cross_entropy
 
 
 def tensor(*shape, seed=0, grad=True):
@@ -87,6 +87,30 @@ def test_linear_cross_entropy(rows):
         lambda h, w: linear_cross_entropy(h, w, targets, chunk=64), lambda h, w: plain_cross_entropy(h, w, targets),
         (hidden, weight), atol=1e-6,
     )  # fmt: skip
+
+
+def test_a_sampled_loss_is_on_average_the_whole_one():
+    """Of 400 draws: the loss a little below, its gradients within four standard errors; others' rows where drawn."""
+    hidden, weight = (tensor(30, 8).detach() / 5).requires_grad_(), tensor(120, 8, seed=1)
+    targets = torch.randint(0, 20, (30,), generator=torch.Generator().manual_seed(2))
+    targets[::7] = -100
+    drawn, draw = 25, torch.Generator().manual_seed(3)
+
+    def gradients(loss):
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, (hidden, weight))])
+
+    whole = linear_cross_entropy(hidden, weight, targets)
+    losses = [sampled_cross_entropy(hidden, weight, targets, drawn, draw) for _ in range(400)]
+    found = torch.stack([gradients(loss) for loss in losses])
+    error = found.std(0) / 400**0.5
+    assert ((found.mean(0) - gradients(whole)).abs() < 5 * error + 1e-6).all()
+    mean = torch.stack(losses).mean()
+    assert whole - 0.05 < mean < whole
+    rows = (found[0, 30 * 8 :].view(120, 8) != 0).any(1).sum()
+    assert rows == len(targets[targets >= 0].unique()) + drawn
+    again = [sampled_cross_entropy(hidden, weight, targets, drawn, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*again)
+    assert torch.equal(sampled_cross_entropy(hidden, weight, targets, 100, draw), whole)  # few are left: all of them
 
 
 def test_cross_entropy_of_the_impossible_is_finite_and_teaches():

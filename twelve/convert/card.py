@@ -38,7 +38,8 @@ def render(
     others_read = config.is_plain and not packed
     head: dict[str, Any] = {
         "library_name": "transformers" if others_read else "twelve", "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["twelve", verb, config.model_type])), "language": sorted(languages) or known.get("language"),
+        "tags": list(dict.fromkeys(["twelve", verb, config.model_type])),
+        "language": sorted(languages) or known.get("language"),
         "license": next(iter(known.get("license", ())), None), "base_model": known.get("base_model"),
     }  # fmt: skip
     if head["base_model"]:

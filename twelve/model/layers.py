@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk: a chunk of logits stays in the cache, and none is kept for the backward."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         valid = targets >= 0
         index = targets.clamp(min=0)[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -51,6 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight_used.T
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if bias is not None:
+                logits += bias
             # one pass, a row at a time; logsumexp would be five over the chunk
             probabilities = torch.softmax(logits, -1, out=logits if logits.device.type == "cpu" else None)
             wanted = probabilities.gather(1, index[part]).clamp_(min=TINY)
@@ -75,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_loss = grad_loss / count
         if grad_weight is not None:
             grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
@@ -84,7 +88,31 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     hidden [N, D], weight [V, D], targets [N] int64, negative where there is no target. Returns a float32 scalar, zero
     when nothing has a target. Probabilities below 1.2e-38 (87 nats) count as that.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+    return _LinearCrossEntropy.apply(hidden, weight, None, targets, chunk)
+
+
+def sampled_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, drawn: int, draw: torch.Generator, chunk: int = 256
+) -> Tensor:
+    """`linear_cross_entropy` over a part of the vocabulary: what the targets name, and `drawn` of the other entries,
+    each of which stands for (others / drawn) in the softmax's sum (importance sampling; Bengio and Senecal 2008).
+
+    An estimate, a little too low, at a share of the arithmetic; over all entries where few are others. `draw` is a
+    generator on the CPU.
+    """
+    named = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    named[targets[targets >= 0]] = True
+    others = (~named).nonzero()[:, 0]
+    if len(others) <= 2 * drawn:
+        return linear_cross_entropy(hidden, weight, targets, chunk)
+    others_drawn = others[torch.randperm(len(others), generator=draw)[:drawn].to(others.device)]
+    entries = torch.cat((named.nonzero()[:, 0], others_drawn))
+    bias = torch.zeros(len(entries), device=weight.device)
+    bias[-drawn:] = math.log(len(others) / drawn)
+    place = torch.full((len(weight),), -1, device=weight.device)
+    place[entries] = torch.arange(len(entries), device=weight.device)
+    targets = torch.where(targets >= 0, place[targets.clamp(min=0)], -1)
+    return _LinearCrossEntropy.apply(hidden, weight.index_select(0, entries), bias, targets, chunk)
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

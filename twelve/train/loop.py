@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from twelve.files import atomic_write
 from twelve.lora import refresh
 from twelve.model import Transformer
 from twelve.model.hyper_connections import sampled_gain
-from twelve.model.layers import linear_cross_entropy
+from twelve.model.layers import linear_cross_entropy, sampled_cross_entropy
 from twelve.model.transformer import MainLoss
 from twelve.train.checkpoint import load_checkpoint, save_checkpoint
 from twelve.train.memory import JOURNAL, describe_table, own_table
@@ -205,7 +206,10 @@ class Supervised(Trainer):
 
     def main_loss(self, batch: Any, rows: slice) -> MainLoss:
         """What these rows of the batch are judged by."""
-        return linear_cross_entropy
+        if not self.plan.drawn:
+            return linear_cross_entropy
+        seed = (self.plan.seed << 40) + (self.step << 12) + rows.start
+        return partial(sampled_cross_entropy, drawn=self.plan.drawn, draw=torch.Generator().manual_seed(seed % 2**63))
 
     def train_step(self) -> dict[str, float]:
         """As Trainer's. InputError, weights untouched, when the loss is not finite."""

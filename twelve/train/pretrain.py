@@ -27,6 +27,7 @@ from twelve.train.run import Prepared, run, spoken
 DEFAULTS = {
     "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
 }  # fmt: skip
+DRAWN = 3 / 16  # of the vocabulary, in a step's loss besides its targets: as good as all of it (docs/lab.md)
 
 
 def pretrain(
@@ -94,6 +95,7 @@ def pretrain(
                 batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
                 micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
+                drawn=int(DRAWN * config.vocab_size) if target.type == "cpu" else 0,
                 compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
             )  # fmt: skip
             if chosen:
