@@ -20,10 +20,11 @@ from twelve.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
-import argparse, os, subprocess, sys, time
+import argparse, os, signal, subprocess, sys, time
 from pathlib import Path
 import runs
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background is born deaf to it
 parser = argparse.ArgumentParser()
 parser.add_argument("--kinds", nargs="+")
 runs.add_options(parser, "nowhere")

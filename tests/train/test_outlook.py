@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_survey_knows_how_much_text_there_is(text, tmp_path):
     words = survey([text], tmp_path / "tokens")
     assert words.vocabulary == entries and words.bytes_per_token == pytest.approx(shards.bytes_per_token, rel=0.1)
     dirty = survey([text], filter=True)
-    assert dirty.filtering > dirty.reading and dirty.preparing(300) > survey([text]).preparing(300)
+    assert dirty.filtering > dirty.reading and dirty.preparing(300) > replace(dirty, filtering=0.0).preparing(300)
     assert survey(["-"]).text_bytes is None
     with pytest.raises(InputError, match="no such file"):
         survey([tmp_path / "none.txt"])
