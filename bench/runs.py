@@ -199,9 +199,9 @@ def pretraining(
     threads: int = 1, precision: str = "float32", **plan: Any,
 ):  # fmt: skip
     """A trainer as `pretrain` has it, step by step under the caller's hand; its files would lie in `folder`."""
+    from twelve.plan.cost import DRAWN
     from twelve.train.loop import Supervised
     from twelve.train.plan import Plan, describe
-    from twelve.train.pretrain import DRAWN
 
     made = Plan(
         stage="pretrain", options={}, config=model.config.to_dict(), data=describe(data), context=context,

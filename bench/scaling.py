@@ -11,7 +11,7 @@ held, and how fast this machine was just before. Measuring is not counted; with 
 
 A run is a process of its own and leaves its row in rows.jsonl: the same command goes on where it stopped. --threads 1
 --workers 2 runs two at a time; rows say how many threads they had. `--check` leaves out each run in turn, and compares
-what the law says of it with the mean of its neighbours at the same text.
+what the law says of it with the mean of its neighbours at the same tokens.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def check(rows: list[dict]) -> None:
 
 def interpolated(rows: list[dict], row: dict) -> list[float | None]:
     """Errors of a straight line, in logarithms, between the next smaller and larger run of the same kind, each read at
-    the mark's bytes of text; None where there is no such run, or it did not read so much or so little."""
+    the mark's tokens; None where there is no such run, or it did not read so many or so few."""
     import numpy as np
 
     from twelve.plan.law import mean_bits
@@ -255,15 +255,15 @@ def interpolated(rows: list[dict], row: dict) -> list[float | None]:
     if smaller is None or larger is None:
         return [None] * len(row["marks"])
 
-    def read(other: dict, text: float) -> float:
-        known = [math.log(mark["tokens"] * other["bytes_per_token"]) for mark in other["marks"]]
-        return float(np.interp(text, known, [mean_bits(mark) for mark in other["marks"]], math.nan, math.nan))
+    def read(other: dict, tokens: float) -> float:
+        known = [math.log(mark["tokens"]) for mark in other["marks"]]
+        return float(np.interp(tokens, known, [mean_bits(mark) for mark in other["marks"]], math.nan, math.nan))
 
     share = math.log(row["active"] / smaller["active"]) / math.log(larger["active"] / smaller["active"])
     errors: list[float | None] = []
     for mark in row["marks"]:
-        text = math.log(mark["tokens"] * row["bytes_per_token"])
-        error = (1 - share) * read(smaller, text) + share * read(larger, text) - mean_bits(mark)
+        tokens = math.log(mark["tokens"])
+        error = (1 - share) * read(smaller, tokens) + share * read(larger, tokens) - mean_bits(mark)
         errors.append(None if math.isnan(error) else error)
     return errors
 

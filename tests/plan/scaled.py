@@ -8,9 +8,9 @@ from twelve.plan import cost, law
 SPEED, REACHED = 100.0, 0.4  # GFLOP/s, and the share of it that these runs reach
 
 
-def true_bits(active, total, text, sparse=0.25):
+def true_bits(active, total, tokens, sparse=0.25):
     size = active ** (1 - sparse) * total**sparse
-    return 0.8 + 1.1 * (size / 1e6) ** -0.4 + 0.5 * (text / 1e7) ** -0.35
+    return 0.8 + 1.1 * (size / 1e6) ** -0.4 + 0.5 * (tokens / 1e7) ** -0.35
 
 
 def made_up(widths=(64, 128, 192, 256, 384), experts=(0, 8), noise=0.0, vocabularies=(4096, 8192),
@@ -24,11 +24,11 @@ def made_up(widths=(64, 128, 192, 256, 384), experts=(0, 8), noise=0.0, vocabula
                 config = small_v3(vocabulary, width, layers, routed, 2, 512)
                 counts, work = cost.parameters(config), law.work(config, 512, 8)
                 speed = REACHED * SPEED * 1e9 / work
-                embedding, per_token = vocabulary * width, 3.5 if vocabulary == 4096 else 4.0
+                outside, per_token = 2 * vocabulary * width, 3.5 if vocabulary == 4096 else 4.0
                 marks = []
                 for duration in seconds:
                     tokens = speed * duration
-                    bits = true_bits(counts.active - embedding, counts.total - embedding, tokens * per_token)
+                    bits = true_bits(counts.active - outside, counts.total - outside, tokens)
                     bits += draw.normal(0, noise)
                     marks.append({"seconds": duration, "tokens": tokens, "bits": {"ko": bits - 0.1, "en": bits + 0.1}})
                 rows.append({

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scaled import REACHED, SPEED, made_up, true_bits
 
-from twelve.config import small_v3
+from twelve.config import small_v3, with_memory
 from twelve.errors import InputError
 from twelve.plan import cost, law
 from twelve.plan.fit import EPOCHS, Request, choose
@@ -21,8 +21,8 @@ def asked(minutes=10.0, memory=8 * GIB, **more):
 
 def test_a_known_law_comes_out_again():
     found = law.fit_law(ROWS)
-    for active, total, text in ((9e5, 9e5, 4e6), (2e6, 6e6, 8e6), (5e6, 5e6, 4e6)):
-        assert found.bits(active, total, text) == pytest.approx(true_bits(active, total, text), rel=0.01)
+    for active, total, tokens in ((9e5, 9e5, 4e6), (2e6, 6e6, 8e6), (5e6, 5e6, 4e6)):
+        assert found.bits(active, total, tokens) == pytest.approx(true_bits(active, total, tokens), rel=0.01)
     assert found.error < 0.015 and found.sparse == 0.25
     noisy = law.fit_law(made_up(noise=0.02))
     assert 0.01 < noisy.error < 0.04
@@ -106,8 +106,10 @@ def test_the_runs_that_ship_can_be_used():
     best = choose(Request(lambda config: 300, 8 * GIB, rows[0]["gflops"], rows[0]["threads"]), rows)[0]
     assert 0.5 < best.bits < 5 and best.tokens > 0
     for row in rows:
-        config = small_v3(row["vocabulary"], row["width"], row["layers"], row["experts"], 2, row["context"])
-        assert (row["active"], row["total"]) == (cost.parameters(config).active, cost.parameters(config).total)
+        shape = (row["vocabulary"], row["width"], row["layers"], row["experts"], 2, row["context"])
+        config = small_v3(*shape, **with_memory())
+        counts = cost.parameters(config)
+        assert (row["active"], row["total"]) == (counts.active, counts.total - counts.table)
         assert row["work"] == pytest.approx(law.work(config, row["context"], row["batch"]))
 
 

@@ -87,8 +87,7 @@ def choose(request: Request, rows: Sequence[Row]) -> list[Choice]:
             continue
         longest = max(longest, request.seconds(found.config))
         if found.steps >= LEAST_STEPS:
-            per_token = request.bytes_per_token or bytes_per_token(rows, found.config.vocab_size)
-            possible.append(_judged(found, law, per_token))
+            possible.append(_judged(found, law))
     if min(needed) > request.memory:
         raise InputError(
             f"{request.memory / 2**30:.2f} GiB are too little to train any model: the smallest needs "
@@ -137,7 +136,7 @@ def _distance(row: Row, width: int, layers: int, experts: int, vocabulary: int) 
 
 
 def _planned(
-    request: Request, rows: Sequence[Row], nearest: Row, reached: Callable[[int, bool, int], float], width: int,
+    request: Request, rows: Sequence[Row], nearest: Row, reached: Callable[[int, int, bool, int], float], width: int,
     layers: int, experts: int, vocabulary: int,
 ) -> Choice:  # fmt: skip
     """This shape, trained like the nearest run: its speed, steps and memory; not yet its bits per byte."""
@@ -149,7 +148,8 @@ def _planned(
         while request.batch is None and batch > 1 and EPOCHS * data_tokens < STEPS_OF_LITTLE * batch * context:
             batch //= 2
     config = small_v3(*shape, **with_memory(request.switches, data_tokens))
-    speed = request.gflops * 1e9 * reached(width, experts > 0, request.threads) / work(config, context, batch)
+    share = reached(width, vocabulary, experts > 0, request.threads)
+    speed = request.gflops * 1e9 * share / work(config, context, batch)
     speed *= COMPILED if request.compiled else 1.0
     steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))
     if data_tokens:
@@ -166,9 +166,10 @@ def _planned(
     return Choice(config, experts, batch, micro, context, rate, steps, speed, epochs, taken, np.inf, np.inf)
 
 
-def _judged(choice: Choice, law: Law, per_token: float) -> Choice:
+def _judged(choice: Choice, law: Law) -> Choice:
     """With the bits per byte to expect. MTP, memory and streams count by what they cost in time only."""
     counts = cost.parameters(choice.config)
-    active, total = counts.active - counts.embedding, counts.total - counts.embedding - counts.table
-    text = choice.tokens * per_token
-    return replace(choice, bits=law.bits(active, total, text), error=law.uncertainty(active, text))
+    outside = counts.embedding + counts.head
+    active, total = counts.active - outside, counts.total - outside - counts.table
+    bits, error = law.bits(active, total, choice.tokens), law.uncertainty(active, choice.tokens)
+    return replace(choice, bits=bits, error=error)

@@ -1,8 +1,9 @@
 """What scaling runs say (scaling.json, made by bench/scaling.py): bits per byte by size and text, and speed by shape.
 
-Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size, D the bytes of text read, which
-unlike tokens compare vocabularies. Interpolating between runs would need no law, and cannot say anything beside them;
-`bench/scaling.py --check` compares the two on runs that are left out.
+Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size without embedding, head and
+memory, D the tokens read. In trainings this short it is steps that count, not bytes: runs with 4,096 to 16,384 entries
+were level at equal tokens (docs/lab.md). Interpolating between runs would need no law, and cannot say anything beside
+them; `bench/scaling.py --check` compares the two on runs that are left out.
 
 How fast a shape trains follows from its arithmetic and from the share of the processor's measured speed that runs of
 its kind reach.
@@ -27,6 +28,7 @@ EXPONENTS = np.linspace(0.1, 1.2, 23)  # that are tried for a and b
 USUAL, SPREAD, DOUBT = (0.34, 0.28), 0.3, 0.02  # Chinchilla's a and b; how far others may be, in bits per byte of error
 SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N, of which the rest is of active ones
 PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
+LEAST_STEPS = 200  # of a mark: in fewer, warm-up and decay are most of a training
 UNKNOWN = 0.05  # bits per byte of error, where there are too few runs to tell
 
 Row = dict[str, Any]  # of scaling.json: one run, with its marks
@@ -45,7 +47,7 @@ def load(path: Path = ROWS) -> list[Row]:
 
 @dataclass(frozen=True)
 class Law:
-    """Bits per byte by size and text; `error` is the root mean square of what it says wrong of runs left out."""
+    """Bits per byte by size and tokens; `error` is the root mean square of what it says wrong of runs left out."""
 
     floor: float
     size: float
@@ -55,18 +57,18 @@ class Law:
     sparse: float
     unit: tuple[float, float]  # of N and D, so that `size` and `data` are bits
     error: float = 0.0
-    known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; bytes from, to
+    known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; tokens from, to
 
-    def bits(self, active: float, total: float, text_bytes: float) -> float:
-        """active, total: parameters without the embedding's look-up and a table."""
+    def bits(self, active: float, total: float, tokens: float) -> float:
+        """active, total: parameters without embedding, head and table."""
         n = active ** (1 - self.sparse) * total**self.sparse / self.unit[0]
-        d = text_bytes / self.unit[1]
+        d = tokens / self.unit[1]
         return float(self.floor + self.size * n**-self.size_power + self.data * d**-self.data_power)
 
-    def uncertainty(self, active: float, text_bytes: float) -> float:
+    def uncertainty(self, active: float, tokens: float) -> float:
         """Standard error of `bits`; larger outside of what was measured, by half for every factor of two."""
         low_n, high_n, low_d, high_d = self.known
-        beyond = max(low_n / active, active / high_n, 1.0) * max(low_d / text_bytes, text_bytes / high_d, 1.0)
+        beyond = max(low_n / active, active / high_n, 1.0) * max(low_d / tokens, tokens / high_d, 1.0)
         return self.error * (1 + 0.5 * float(np.log2(beyond)))
 
 
@@ -77,8 +79,8 @@ def fit_law(rows: Sequence[Row]) -> Law:
     errors = [UNKNOWN]
     if len(rows) >= 3:
         errors = [error for row in rows for error in left_out(rows, row)]
-    active, text = every[:, 0], every[:, 2]
-    known = tuple(map(float, (active.min(), active.max(), text.min(), text.max())))
+    active, tokens = every[:, 0], every[:, 2]
+    known = tuple(map(float, (active.min(), active.max(), tokens.min(), tokens.max())))
     return replace(_fit(every), error=float(np.sqrt(np.mean(np.square(errors)))), known=known)
 
 
@@ -89,15 +91,15 @@ def left_out(rows: Sequence[Row], row: Row) -> list[float]:
 
 
 def points(rows: Iterable[Row]) -> np.ndarray:
-    """[marks of all runs, 4]: active and all parameters without the embedding, bytes of text, bits per byte (the mean
-    of the languages)."""
-    found = []
+    """[marks, 4]: active and all parameters without embedding and head, tokens, bits per byte (mean of the languages).
+    Those that come too soon to say anything count only where there are no others."""
+    found, short = [], []
     for row in rows:
-        embedding = row["vocabulary"] * row["width"]
+        outside = 2 * row["vocabulary"] * row["width"]
         for mark in row["marks"]:
-            text = mark["tokens"] * row["bytes_per_token"]
-            found.append((row["active"] - embedding, row["total"] - embedding, text, mean_bits(mark)))
-    return np.array(found)
+            point = (row["active"] - outside, row["total"] - outside, mark["tokens"], mean_bits(mark))
+            (short if mark["tokens"] < LEAST_STEPS * row["batch"] * row["context"] else found).append(point)
+    return np.array(found or short)
 
 
 def mean_bits(mark: dict[str, Any]) -> float:
@@ -118,15 +120,15 @@ def best_settings(rows: Sequence[Row]) -> list[Row]:
 
 def _fit(every: np.ndarray) -> Law:
     """Least squares: the exponents by trying all, the rest, which is linear and not below zero, by solving."""
-    active, total, text, bits = every.T
-    unit = float(np.exp(np.log(active).mean())), float(np.exp(np.log(text).mean()))
+    active, total, tokens, bits = every.T
+    unit = float(np.exp(np.log(active).mean())), float(np.exp(np.log(tokens).mean()))
     a, b = (grid.ravel() for grid in np.meshgrid(EXPONENTS, EXPONENTS))
     prior = DOUBT**2 * (((a - USUAL[0]) / SPREAD) ** 2 + ((b - USUAL[1]) / SPREAD) ** 2)
     sparsity = np.log(total / active)
     best, least = None, np.inf
     for sparse in SPARSE if np.ptp(sparsity) > 0.1 else SPARSE[:1]:
         n = active ** (1 - sparse) * total**sparse / unit[0]
-        terms = np.stack([np.ones((len(a), len(n))), n ** -a[:, None], (text / unit[1]) ** -b[:, None]], axis=-1)
+        terms = np.stack([np.ones((len(a), len(n))), n ** -a[:, None], (tokens / unit[1]) ** -b[:, None]], axis=-1)
         for used in map(list, PARTS):
             part = terms[..., used]  # [exponents, marks, used]
             square = part.mT @ part + 1e-9 * np.eye(len(used))
@@ -149,25 +151,40 @@ def _fit(every: np.ndarray) -> Law:
 
 
 def work(config: ModelConfig, context: int, batch: int) -> float:
-    """Operations a token: the model's, and a token's share of the optimiser's."""
-    return cost.causal_flops(config, context) + cost.optimizer_flops(config) / (batch * context)
+    """Operations a token: the model's, but of the head only what is in the loss, and a share of the optimiser's."""
+    idle = config.vocab_size - cost.entries(config.vocab_size, batch * context)
+    own = cost.causal_flops(config, context) - 6 * config.hidden_size * idle
+    return own + cost.optimizer_flops(config) / (batch * context)
 
 
-def fit_utilisation(rows: Sequence[Row]) -> Callable[[int, bool, int], float]:
-    """Share of the processor's measured speed that training reaches, by width, whether there are experts, and threads.
+def fit_utilisation(rows: Sequence[Row]) -> Callable[[int, int, bool, int], float]:
+    """Share of the processor's measured speed that training reaches, by width, vocabulary, whether there are experts,
+    and threads.
 
-    A regression of its logarithm, which keeps to the measured widths, and in which few runs show no effect.
+    A regression of its logarithm, which keeps to the measured widths and vocabularies, and in which few runs show no
+    effect.
     """
-    features = np.array([_features(row["width"], row["experts"] > 0, row["threads"]) for row in rows])
+
+    def range_of(name: str) -> tuple[int, int]:
+        return min(row[name] for row in rows), max(row[name] for row in rows)
+
+    widths, vocabularies = range_of("width"), range_of("vocabulary")
+    features = np.array(
+        [_features(row["width"], row["vocabulary"], row["experts"] > 0, row["threads"]) for row in rows]
+    )
     reached = np.log([row["work"] * row["tokens_per_second"] / (row["gflops"] * 1e9) for row in rows])
-    ridge = np.diag([0.0, 0.01, 0.01, 0.01])
+    ridge = np.diag([0.0, 0.01, 0.01, 0.01, 0.01])
     found = np.linalg.solve(features.T @ features + ridge, features.T @ reached)
-    low, high = min(row["width"] for row in rows), max(row["width"] for row in rows)
-    return lambda width, routed, threads: float(np.exp(_features(np.clip(width, low, high), routed, threads) @ found))
+
+    def share(width: int, vocabulary: int, routed: bool, threads: int) -> float:
+        known = np.clip(width, *widths), np.clip(vocabulary, *vocabularies)
+        return float(np.exp(_features(*known, routed, threads) @ found))
+
+    return share
 
 
-def _features(width: float, routed: bool, threads: int) -> np.ndarray:
-    return np.array([1.0, np.log(width / 256), float(routed), np.log2(threads)])
+def _features(width: float, vocabulary: float, routed: bool, threads: int) -> np.ndarray:
+    return np.array([1.0, np.log(width / 256), np.log(vocabulary / 8192), float(routed), np.log2(threads)])
 
 
 def bytes_per_token(rows: Sequence[Row], vocabulary: int) -> float:

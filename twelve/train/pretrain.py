@@ -15,6 +15,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.heap import give_back
 from twelve.model import Transformer
+from twelve.plan.cost import DRAWN
 from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
@@ -27,7 +28,6 @@ from twelve.train.run import Prepared, run, spoken
 DEFAULTS = {
     "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
 }  # fmt: skip
-DRAWN = 3 / 16  # of the vocabulary, in a step's loss besides its targets: as good as all of it (docs/lab.md)
 
 
 def pretrain(
