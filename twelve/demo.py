@@ -42,7 +42,7 @@ COLD, SHARPEN = 0.5, 0.21  # shares of the time: the cold start; RL, and its con
 METRICS = Path("training", "metrics.jsonl")  # in a model folder
 MODEL = {
     "vocab_size": 512, "width": 128, "layers": 4, "experts": 8, "experts_per_token": 2, "mtp": 0, "context": 256,
-    "batch": 16, "learning_rate": 4e-3, "switches": {"engram_vocab_size": 0},  # sums have no n-grams to remember
+    "batch": 16, "learning_rate": 4e-3,
 }  # fmt: skip
 STEP = {"prompts": 24, "group": 8, "max_tokens": 128, "problems": 32}
 STAGES = {"cold_start": "cold start", "rl": "after RL", "control": "control"}
@@ -126,7 +126,8 @@ def broken_off(problem: Problem, draw: Random) -> list[dict[str, str]]:
 def train(problems: Path, model: Path, minutes: float, seed: int, device: str | None) -> dict[str, Any]:
     """The cold start: train, or go on, or find that it was done; the figures of the run."""
     if not _is_done(model):
-        pretrain([str(problems)], model, minutes=minutes, seed=seed, device=device, **MODEL)
+        plain = {"engram_vocab_size": 0}  # sums have no n-grams to remember
+        pretrain([str(problems)], model, minutes=minutes, seed=seed, device=device, switches=plain, **MODEL)
     sizes = count_parameters(load_config(model), mtp=True)
     last = report.read_metrics(model / METRICS)[-1]
     return {
