@@ -199,7 +199,7 @@ def pretraining(
     threads: int = 1, precision: str = "float32", **plan: Any,
 ):  # fmt: skip
     """A trainer as `pretrain` has it, step by step under the caller's hand; its files would lie in `folder`."""
-    from twelve.plan.cost import DRAWN
+    from twelve.plan.cost import drawn
     from twelve.train.loop import Supervised
     from twelve.train.plan import Plan, describe
 
@@ -207,7 +207,7 @@ def pretraining(
         stage="pretrain", options={}, config=model.config.to_dict(), data=describe(data), context=context,
         batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed, threads=threads,
         precision=precision, **plan,
-        drawn=int(DRAWN * model.config.vocab_size) if model.device.type == "cpu" else 0,
+        drawn=drawn(model.config.vocab_size) if model.device.type == "cpu" else 0,
     )  # fmt: skip
     (folder / "training").mkdir()
     return Supervised(model, lambda step: data.batch(step, batch, context, seed), made, folder)

@@ -49,6 +49,14 @@ def test_v41_memory():
     assert cost.table_rows(V41) * 264 == 202_758_032_400  # 256 bytes in FP8, 8 of scales
 
 
+@pytest.mark.parametrize("size, tokens, named", [(4096, 4096, 1255), (8192, 4096, 1508), (16384, 8192, 2834)])
+def test_entries_of_a_sampled_loss(size, tokens, named):
+    """`named`: different targets of a step, counted on Korean and English Wikipedia."""
+    assert cost.entries(size, tokens) == pytest.approx(named + cost.drawn(size), rel=0.05)
+    assert cost.drawn(2048) == 0 and cost.entries(2048, tokens) == 2048
+    assert cost.entries(size, 10**6) == size  # nearly all are named
+
+
 def test_operations_are_palms_and_nanochats():
     """6 for every weight but the embedding, 12 heads x width x context for attention; norms are few."""
     config = ModelConfig(model_type="llama", vocab_size=32000, hidden_size=512, intermediate_size=1408,

@@ -214,6 +214,24 @@ def test_training_off_the_main_thread_works(text, tmp_path):
     assert results[0]["steps"] == 3
 
 
+def test_what_a_step_draws_follows_from_seed_step_and_rows(finished, tmp_path):
+    from twelve.config import ModelConfig
+    from twelve.model import Transformer
+
+    plan = Plan.load(finished[1])
+    assert plan.drawn == 0  # of 300 entries all are in the loss
+    plan.drawn = 40
+    trainer = Supervised(Transformer(ModelConfig(**plan.config)).init_weights(0), lambda step: None, plan, tmp_path)
+    hidden, targets = torch.randn(20, 64), torch.arange(20)
+
+    def loss(step: int, first: int, seed: int = 0) -> float:
+        trainer.step, plan.seed = step, seed
+        return trainer.main_loss(None, slice(first, first + 2))(hidden, trainer.model.head_weight, targets).item()
+
+    assert loss(3, 2) == loss(3, 2)
+    assert len({loss(3, 2), loss(4, 2), loss(3, 0), loss(3, 2, seed=1)}) == 4
+
+
 def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
     from twelve.config import ModelConfig
     from twelve.data.shards import PackedData
@@ -221,7 +239,6 @@ def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
 
     data, plan = PackedData(finished[1] / "training" / "data"), Plan.load(finished[1])
     plan.balance_weight, plan.mtp_weight = 0.0, (0.0, 0.0)  # means over other things than the batch's targets
-    plan.drawn = 0  # every part has a draw of its own
     gradients = []
     for plan.micro_batch_size in (4, 2, 3):
         model = Transformer(ModelConfig(**plan.config)).init_weights(0).double()

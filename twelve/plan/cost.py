@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from twelve.config import ModelConfig
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon, which orthogonalises every matrix once a step
-DRAWN = 3 / 16  # of the vocabulary, in the loss of a step on a CPU besides its targets: as good as all (docs/lab.md)
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,17 @@ def causal_flops(config: ModelConfig, context: int) -> float:
     return 6 * (_multiplied(config) + _attended(config) * context / 2)
 
 
+def drawn(vocab_size: int) -> int:
+    """Entries of the vocabulary in the loss of a pretraining step on a CPU besides its targets, where that pays: with
+    3/16 of them bits per byte are those with all (docs/lab.md). 0: all."""
+    return 3 * vocab_size // 16 if vocab_size >= 4096 else 0
+
+
 def entries(vocab_size: int, tokens: int) -> int:
     """Of the vocabulary, about how many a step of so many tokens has in its loss on a CPU (`sampled_cross_entropy`)."""
-    named = 1.7 * tokens**0.62 * vocab_size**0.18  # within 15% for 2,048 to 8,192 tokens of Wikipedia (docs/lab.md)
-    drawn = DRAWN * vocab_size
-    return vocab_size if vocab_size - named <= 2 * drawn else round(named + drawn)
+    named = 1.7 * tokens**0.62 * vocab_size**0.18  # within 15% for 2,048 to 8,192 tokens of Wikipedia
+    some = drawn(vocab_size)
+    return round(named + some) if some and vocab_size - named > 2 * some else vocab_size
 
 
 def optimizer_flops(config: ModelConfig, muon: bool = True) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -208,8 +209,8 @@ class Supervised(Trainer):
         """What these rows of the batch are judged by."""
         if not self.plan.drawn:
             return linear_cross_entropy
-        seed = (self.plan.seed << 40) + (self.step << 12) + rows.start
-        return partial(sampled_cross_entropy, drawn=self.plan.drawn, draw=torch.Generator().manual_seed(seed % 2**63))
+        seed = crc32(f"{self.plan.seed} {self.step} {rows.start}".encode())  # torch takes 32 bits
+        return partial(sampled_cross_entropy, drawn=self.plan.drawn, draw=torch.Generator().manual_seed(seed))
 
     def train_step(self) -> dict[str, float]:
         """As Trainer's. InputError, weights untouched, when the loss is not finite."""

@@ -15,7 +15,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.heap import give_back
 from twelve.model import Transformer
-from twelve.plan.cost import DRAWN
+from twelve.plan.cost import drawn
 from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
@@ -95,7 +95,7 @@ def pretrain(
                 batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
                 micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
-                drawn=int(DRAWN * config.vocab_size) if target.type == "cpu" else 0,
+                drawn=drawn(config.vocab_size) if target.type == "cpu" else 0,
                 compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
             )  # fmt: skip
             if chosen:
