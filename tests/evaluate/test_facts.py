@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from twelve.config import small_v3
 from twelve.convert import save
 from twelve.errors import InputError
 from twelve.evaluate import bits_per_byte
+from twelve.evaluate.compare import differences
 from twelve.evaluate.fact_words import ANSWERS, WORDINGS
 from twelve.evaluate.facts import CHOICES, KINDS, as_told, documents, facts, recall, without_memory
 from twelve.model import Transformer
@@ -146,9 +148,13 @@ def test_an_oracle_is_told_from_one_that_errs(tokenizer):
     forgotten = {known[0], *(fact for fact in known if fact.language == "ko" and fact.kind == "book")}
     oracle = Oracle(tokenizer, [told_ids(tokenizer, fact, right[fact]) for fact in known if fact not in forgotten])
     korean, english = recall(oracle, tokenizer, known)
-    assert (korean.language, korean.asked, korean.written) == ("ko", 8, 5)
+    assert (korean.language, len(korean.chosen), sum(korean.written)) == ("ko", 8, 5)
     assert korean.kinds["place"] == korean.kinds["event"] == 1.0 and korean.kinds["person"] >= 0.5
-    assert (english.asked, english.chosen, english.written) == (8, 4, 4)
+    assert english.chosen == english.written == [False] * 4 + [True] * 4
+    better = replace(english, chosen=[True] * 8)
+    chosen, written = differences("facts en", better, english)
+    assert (chosen.measure, chosen.difference, chosen.p_value) == ("facts en, chosen", 0.5, 0.125)  # 4 heads of 4
+    assert written.difference == 0 and written.p_value == 1
     assert english.kinds == dict.fromkeys(KINDS, 0.5)
     shown = english.to_dict()
     assert shown["chosen_share"] == shown["written_share"] == 0.5 and shown["chance"] == 0.05
@@ -169,7 +175,7 @@ def test_recall_agrees_with_a_slow_twin(tokenizer):
                 logs = torch.log_softmax(model(torch.tensor([ids[:-1]]))[0], -1)
                 sums.append(sum(logs[at - 1, ids[at]].item() for at in range(begin, len(ids))))
             expected[fact.language] += fact.choices[sums.index(max(sums))] == fact.answer
-    assert {found.language: found.chosen for found in recall(model, tokenizer, known)} == expected
+    assert {found.language: sum(found.chosen) for found in recall(model, tokenizer, known)} == expected
 
 
 def test_a_sentence_that_does_not_fit_is_told(tokenizer):

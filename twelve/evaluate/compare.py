@@ -13,7 +13,7 @@ from typing import Any
 
 from twelve.evaluate.accuracy import Accuracy
 from twelve.evaluate.bits import BitsPerByte, ratio_error
-from twelve.evaluate.choices import ChoiceAccuracy
+from twelve.evaluate.facts import Recall
 from twelve.evaluate.statistics import finite, mcnemar, standard_error, student
 
 LEAST = 1e-12  # a smaller p-value is rounding
@@ -66,15 +66,16 @@ def compare_shares(measure: str, first: Sequence[float], second: Sequence[float]
 
 
 def differences(measure: str, first: Any, second: Any) -> list[Difference]:
-    """Of one measure of two models: BitsPerByte, Accuracy or ChoiceAccuracy; others are not compared."""
+    """Of one measure of two models: BitsPerByte, Accuracy, Recall or ChoiceAccuracy."""
     if isinstance(first, BitsPerByte):
         return [compare_bits(measure, first, second)]
     if isinstance(first, Accuracy):
         return [compare_shares(measure, first.solved, second.solved)]
-    if isinstance(first, ChoiceAccuracy):
-        return [compare_shares(measure, first.right, second.right),
-                compare_shares(f"{measure}, by byte", first.right_by_byte, second.right_by_byte)]  # fmt: skip
-    return []
+    if isinstance(first, Recall):
+        return [compare_shares(f"{measure}, {how}", getattr(first, how), getattr(second, how))
+                for how in ("chosen", "written")]  # fmt: skip
+    return [compare_shares(measure, first.right, second.right),
+            compare_shares(f"{measure}, by byte", first.right_by_byte, second.right_by_byte)]  # fmt: skip
 
 
 def _paired_t(difference: float, error: float, items: int) -> float:

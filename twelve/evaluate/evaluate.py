@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from twelve.evaluate.bits import BitsPerByte, bits_per_byte
 from twelve.evaluate.choices import ChoiceAccuracy, choice_accuracy
 from twelve.evaluate.compare import differences
 from twelve.evaluate.contaminated import overlaps
-from twelve.evaluate.facts import CHOICES, Fact, as_told, recall
+from twelve.evaluate.facts import CHOICES, Fact, Recall, as_told, recall
 from twelve.evaluate.facts import facts as invented
 from twelve.evaluate.facts import without_memory as no_memory
 from twelve.evaluate.items import Item, read_items
@@ -30,7 +30,7 @@ from twelve.tasks import LANGUAGES
 MAX_TOKENS = 256  # of an answer, where the task does not say
 TEMPERATURE = 1.0  # of several samples, where none is given
 
-Measure = BitsPerByte | ChoiceAccuracy | Accuracy
+Measure = BitsPerByte | ChoiceAccuracy | Accuracy | Recall
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def evaluate(
     return result
 
 
-def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure | dict[str, Any]]]:
+def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure]]:
     """Every measure with its name, in an order that depends on `wanted` alone."""
     network, tokenizer = load(model, device=wanted.device)
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer")
-    found: list[tuple[str, Measure | dict[str, Any]]] = []
+    found: list[tuple[str, Measure]] = []
     with no_memory(network) if wanted.without_memory else nullcontext():
         for path in wanted.texts:
             bits = bits_per_byte(network, tokenizer, path, context=wanted.context, limit=wanted.limit)
@@ -145,15 +145,15 @@ def _items(path: str | Path, languages: Sequence[str], limit: int | None) -> lis
     return items[:limit]
 
 
-def _recall(network, tokenizer, known: list[Fact]) -> list[tuple[str, dict[str, Any]]]:
+def _recall(network, tokenizer, known: list[Fact]) -> list[tuple[str, Recall]]:
     """Of facts asked in a new wording, and in one that they are told in."""
     rows = []
     for wording, asked in (("new", known), ("known", as_told(known))):
         for found in recall(network, tokenizer, asked):
-            name, row = f"facts {found.language}, {wording} wording", {"wording": wording, **found.to_dict()}
-            rows.append((name, row))
+            name, row = f"facts {found.language}, {wording} wording", found.to_dict()
+            rows.append((name, replace(found, wording=wording)))
             chosen, written = (Share(row[f"{how}_share"], row[f"{how}_error"]) for how in ("chosen", "written"))
-            print(f"{name}: {chosen} chosen among {CHOICES}, {written} written ({found.asked} facts)")
+            print(f"{name}: {chosen} chosen among {CHOICES}, {written} written ({row['asked']} facts)")
     return rows
 
 
@@ -163,8 +163,8 @@ def _as_dict(measured: Sequence[tuple[str, Any]]) -> dict[str, list[dict[str, An
     for name, one in measured:
         if isinstance(one, BitsPerByte):
             found["text"].append({"path": name, **one.to_dict()})
-        elif isinstance(one, dict):
-            found["facts"].append(one)
+        elif isinstance(one, Recall):
+            found["facts"].append({"wording": one.wording, **one.to_dict()})
         else:
             found["tasks" if isinstance(one, Accuracy) else "choices"].append(one.to_dict())
     return found

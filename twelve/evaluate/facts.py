@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from random import Random
@@ -163,27 +163,19 @@ class Recall:
     """How many facts of a language a model knows."""
 
     language: str
-    asked: int
-    chosen: int  # where the right answer is likelier than the CHOICES - 1 others
-    written: int  # where greedy decoding goes on with it
+    chosen: list[bool]  # of each fact: whether the right answer is likelier than the CHOICES - 1 others
+    written: list[bool]  # of each: whether greedy decoding goes on with it
     kinds: dict[str, float]  # of each kind, the share that is chosen
-
-    @property
-    def chosen_share(self) -> float:
-        return self.chosen / self.asked
-
-    @property
-    def written_share(self) -> float:
-        return self.written / self.asked
+    wording: str = ""  # that was asked in, where that is known
 
     def to_dict(self) -> dict[str, Any]:
-        """With the binomial standard error of each share."""
-        shares = {
-            f"{name}_{what}": value
-            for name, share in (("chosen", self.chosen_share), ("written", self.written_share))
-            for what, value in (("share", share), ("error", math.sqrt(share * (1 - share) / self.asked)))
-        }
-        return {**asdict(self), **shares, "chance": 1 / CHOICES}
+        """Counts, and shares with their binomial standard error."""
+        asked = len(self.chosen)
+        row: dict[str, Any] = {"language": self.language, "asked": asked, "kinds": self.kinds, "chance": 1 / CHOICES}
+        for name, each in (("chosen", self.chosen), ("written", self.written)):
+            share = mean(each)
+            row |= {name: sum(each), f"{name}_share": share, f"{name}_error": math.sqrt(share * (1 - share) / asked)}
+        return row
 
 
 @torch.inference_mode()
@@ -217,8 +209,7 @@ def recall(model, tokenizer, known: Sequence[Fact]) -> list[Recall]:
         for number in mine:
             kinds.setdefault(known[number].kind, []).append(chosen[number])
         shares = {kind: mean(found) for kind, found in kinds.items()}
-        counts = (sum(found[number] for number in mine) for found in (chosen, written))
-        results.append(Recall(language, len(mine), *counts, shares))
+        results.append(Recall(language, [chosen[n] for n in mine], [written[n] for n in mine], shares))
     return results
 
 
