@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from twelve.config import ModelConfig, small_v3
+from twelve.config import ModelConfig, small_v3, with_memory
 from twelve.data.corpus import tokenize
 from twelve.data.shards import PackedData
 from twelve.model import Transformer
@@ -79,11 +79,12 @@ def test_a_training_holds_what_was_planned(tmp_path):
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     tokenize([tmp_path / "text.jsonl"], tmp_path / "tokens", vocab_size=300, progress=False)
     shape = {"width": 128, "layers": 3, "experts": 8, "experts_per_token": 2, "context": 256}
-    config = small_v3(300, **shape)
+    data_tokens = PackedData(tmp_path / "tokens").tokens
+    config = small_v3(300, **shape, **with_memory(tokens=data_tokens))
     given = (str(tmp_path / "tokens"), str(tmp_path / "run"), json.dumps(shape | {"batch": 12}))
     command = [sys.executable, "-c", RUN, *given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     held = int(ended.stdout.split("peak ")[1])
-    planned = sum(memory.training(config, 12, 256, data_tokens=PackedData(tmp_path / "tokens").tokens).values())
+    planned = sum(memory.training(config, 12, 256, data_tokens=data_tokens).values())
     assert 0.8 < held / planned < 1.25

@@ -20,7 +20,7 @@ RUNTIME = 330 << 20  # Python, torch, tokenizers and their threads, before there
 ROUTING = 30 << 20  # what the libraries load and keep when experts are used
 ROOM = 1.05  # of activations, for what lies between their pieces
 COMPILER = 110 << 20  # what torch.compile keeps, besides
-LOGIT_ROWS, QUERY_BLOCK = 512, 128  # of a chunk of logits (model/layers.py) and of scores (model/fast.py)
+LOGIT_ROWS, QUERY_BLOCK = 512, 128  # of two chunks of logits (model/layers.py) and of scores (model/fast.py)
 SAMPLE = 22  # bytes for a byte of text that a tokenizer is trained on
 PAGE = 64  # tokens of a page of keys and values
 
@@ -115,7 +115,7 @@ def training(
         "table": TablePlan(config, cost.table_rows(config)).table_bytes if config.engram_layer_ids else 0,
         "activations": int(ROOM * (FLOAT * tokens * kept(config) - streams)),
         "streams": int(ROOM * streams),
-        "logits and scores": FLOAT * (3 * LOGIT_ROWS * config.vocab_size + _scores(config, rows, context)),
+        "logits and scores": FLOAT * (LOGIT_ROWS * config.vocab_size + _scores(config, rows, context)),
         "gradients": FLOAT * (trained + 2 * config.vocab_size * config.hidden_size),  # the head's are made twice more
         "orthogonalising": FLOAT * _orthogonalising(config) if muon else 0,
     }
