@@ -374,7 +374,10 @@ def test_a_trainer_killed_again_and_again_ends_with_the_same_table(tmp_path, mon
     while status != 0:
         child = os.fork()
         if child == 0:
-            trainer_in(tmp_path / "killed").run(quiet=True)
+            trainer = trainer_in(tmp_path / "killed")
+            step = trainer.train_step
+            trainer.train_step = lambda step=step: (time.sleep(0.05), step())[1]  # so that it is killed at work
+            trainer.run(quiet=True)
             os._exit(0)
         if killed < 4:
             time.sleep(generator.uniform(0.02, 0.3))
