@@ -71,8 +71,8 @@ def randomise(model: torch.nn.Module) -> None:
             tensor.normal_(0, 0.2)
 
 
-def random_ids(rows: int = 2, length: int = 40) -> torch.Tensor:
-    return torch.randint(0, 1003, (rows, length), generator=torch.Generator().manual_seed(1))
+def random_ids(rows: int = 2, length: int = 40, vocab_size: int = 1003) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -80,3 +80,15 @@ def difference(ours, theirs) -> float:
     """Largest difference of the logits of the same ids."""
     ids = random_ids()
     return (ours(ids) - theirs(ids).logits).abs().max().item()
+
+
+@torch.no_grad()
+def everything(model) -> list[torch.Tensor]:
+    """Logits of the same ids, also of our model's MTP modules."""
+    ids = random_ids(vocab_size=model.config.vocab_size)
+    return [model(ids), *model.mtp_logits(ids)]
+
+
+def assert_same(ours, theirs, tolerance: float = 1e-9) -> None:
+    for one, other in zip(everything(ours), everything(theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import CASES, V3, V3_GROUPS, difference, randomise
+from families import CASES, V3, V3_GROUPS, assert_same, difference, everything, random_ids, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from twelve.errors import InputError
 from twelve.model import Transformer
 from twelve.train.pretrain import pretrain
 
-IDS = torch.randint(0, 1003, (2, 40), generator=torch.Generator().manual_seed(1))
+IDS = random_ids()
 SHAPES = CASES | {
     "v3-mtp": ("deepseek_v3", V3 | {"num_nextn_predict_layers": 2}),
     "v3-groups-qlora-bias-mtp": ("deepseek_v3", V3_GROUPS | {"num_nextn_predict_layers": 1, "attention_bias": True}),
@@ -40,17 +40,6 @@ def model_of(case: str, **changes) -> Transformer:
     torch.manual_seed(0)
     randomise(model)
     return model
-
-
-@torch.no_grad()
-def everything(model: Transformer) -> list[torch.Tensor]:
-    """Logits, also of its MTP modules."""
-    return [model(IDS), *model.mtp_logits(IDS)]
-
-
-def assert_same(ours: Transformer, theirs: Transformer, tolerance: float = 1e-9) -> None:
-    for one, other in zip(everything(ours), everything(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # --- larger -----------------------------------------------------------------------------------------------------------

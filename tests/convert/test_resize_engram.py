@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import assert_same, everything, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from twelve.model import Transformer
 from twelve.model.attention import Positions
 from twelve.train.pretrain import pretrain
 
-IDS = torch.randint(0, 503, (2, 40), generator=torch.Generator().manual_seed(1))
+IDS = random_ids(vocab_size=503)
 SWITCHES = {"engram_layer_ids": [0, 2], "engram_vocab_size": 97, "engram_head_dim": 6, "engram_n_heads": 2}
 NOWHERE = Positions(None, None, None)
 
@@ -43,16 +44,6 @@ def model_of(layers: int = 4, experts: int = 8, mtp: int = 1, **changes) -> Tran
     table.pending.append((np.arange(table.count), leaf))
     table.update(1.0)
     return model.eval()
-
-
-@torch.no_grad()
-def everything(model: Transformer) -> list[torch.Tensor]:
-    return [model(IDS), *model.mtp_logits(IDS)]
-
-
-def assert_same(ours: Transformer, theirs: Transformer, tolerance: float = 1e-9) -> None:
-    for one, other in zip(everything(ours), everything(theirs), strict=True):
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # --- larger -----------------------------------------------------------------------------------------------------------
