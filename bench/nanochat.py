@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--ours-minutes", nargs="+", type=float, default=[], help="of more runs of ours")
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4, 5])
     parser.add_argument("--depths", nargs="+", type=int, default=[2, 4, 6], help="of nanochat (default: 2 4 6)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 8192, 16384], help="of nanochat, in tokens")
+    parser.add_argument("--batches", nargs="+", type=int, default=[2048, 4096, 8192], help="of nanochat, in tokens")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 2, 4], help="factors on its learning rates")
     parser.add_argument("--compile", nargs="+", type=int, default=[1], choices=(1, 0), help="its model (default: 1)")
     parser.add_argument("--ours", nargs="+", default=[""], metavar="FLAGS", help="of `twelve pretrain` (default: none)")
