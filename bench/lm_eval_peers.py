@@ -81,7 +81,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> Path:
         file.write_text("".join(lines), encoding="utf-8")
         (folder / f"{language}.yaml").write_text(TASK.format(language=language, file=file))
     model = folder / "model"
-    command = [sys.executable, "-m", "twelve.cli", "convert", options.model, "--out", str(model), "--dtype", "float32"]
+    command = [sys.executable, "-m", "twelve", "convert", options.model, "--out", str(model), "--dtype", "float32"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return model
 

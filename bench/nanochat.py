@@ -209,7 +209,7 @@ def train_ours(job: dict, options: argparse.Namespace) -> tuple[dict, object, ob
 
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         command = [
-            sys.executable, "-m", "twelve.cli", "pretrain", str(options.out / "tokens"), "--out", f"{folder}/model",
+            sys.executable, "-m", "twelve", "pretrain", str(options.out / "tokens"), "--out", f"{folder}/model",
             "--minutes", str(job["minutes"]), "--seed", str(job["seed"]), "--threads", str(options.threads), "--json",
             *job["settings"].split(),
         ]  # fmt: skip

@@ -69,7 +69,7 @@ def compare(request: str, threads: list[str], options: argparse.Namespace) -> di
 def verb(arguments: list[str], expected: int = 0) -> tuple[str, float, int]:
     """What a verb prints (to standard error when it is to fail), its seconds, and the most memory it held."""
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "twelve.cli", *arguments], stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-m", "twelve", *arguments], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE if expected else None, text=True)  # fmt: skip
     said = (process.stderr if expected else process.stdout).read()
     _, status, usage = os.wait4(process.pid, 0)  # of this child alone

@@ -21,7 +21,7 @@ QUESTION = "Which is larger, the sun or the moon?"
 @contextmanager
 def server(model):
     """The address of a server of `model`, on a free port, as long as the block lasts."""
-    command = [sys.executable, "-m", "twelve.cli", "serve", model, "--port", "0", "--json"]
+    command = [sys.executable, "-m", "twelve", "serve", model, "--port", "0", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()  # one line of JSON, once it listens

@@ -21,7 +21,7 @@ VERBS = [
 
 def run(*arguments, **settings):
     return subprocess.run(
-        [sys.executable, "-m", "twelve.cli", *arguments], capture_output=True, text=True, timeout=60, **settings
+        [sys.executable, "-m", "twelve", *arguments], capture_output=True, text=True, timeout=60, **settings
     )
 
 
@@ -133,7 +133,7 @@ def test_json_is_the_one_thing_on_standard_output(verb, capsys):
 
 def test_a_reader_that_leaves_is_no_error():
     process = subprocess.Popen(
-        [sys.executable, "-m", "twelve.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "twelve", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -151,8 +151,11 @@ def serve(options: Options) -> None:
 
 
 def convert(options: Options) -> Result:
+    sizes = _given(options, {"layers", "width", "experts"})
+    if options.text and not sizes:
+        raise InputError("--text shows what a smaller model must keep: name its --layers, --width or --experts, too")
     if options.out.endswith(".gguf"):
-        if _given(options, {"layers", "width", "experts"}):
+        if sizes:
             raise InputError("resize into a folder first, then convert that folder to a .gguf file")
         from twelve.convert.gguf_export import export
 
@@ -167,7 +170,7 @@ def convert(options: Options) -> Result:
 
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
     made = f"`{options.model}` written as {options.dtype}."
-    if sizes := _given(options, {"layers", "width", "experts"}):
+    if sizes:
         from twelve.convert.resize import resize
 
         model = resize(model, **sizes, tokenizer=tokenizer, texts=options.text)
@@ -297,7 +300,3 @@ def _show(result: Result) -> None:
 def _fail(message: str, status: int, kind: str = "error") -> int:
     print(f"twelve: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
