@@ -25,7 +25,8 @@ rows = []
 for model in options.models:
     found = evaluate(model, texts=options.text, tasks=options.task, problems=options.problems)
     for text in found["text"]:
-        figures = f"{text['bits_per_byte']:.3f} ± {text['standard_error']:.3f} bits a byte"
+        error = text["standard_error"]  # a single document has none
+        figures = f"{text['bits_per_byte']:.3f}{'' if error is None else f' ± {error:.3f}'} bits a byte"
         rows.append((model, Path(text["path"]).name, figures))
     for task in found["tasks"]:
         figures = f"{task['accuracy']:.1%} ± {task['standard_error']:.1%} right"

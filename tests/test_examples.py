@@ -54,6 +54,9 @@ def test_models_are_measured_side_by_side(room):
     lines = [line for line in said.splitlines() if line.startswith("mine ")]
     assert len(lines) == 8 and sum("bits a byte" in line for line in lines) == 4 and "nan" not in said
     assert lines[:4] == lines[4:]
+    (room[0] / "book.txt").write_text("The sea was grey.\n")
+    said = run(room[0], "evaluate_models.py", "mine", "--text", "book.txt")
+    assert said.splitlines()[-1].endswith(" bits a byte") and "±" not in said
 
 
 def test_a_server_is_asked_by_the_openai_client(room):

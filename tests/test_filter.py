@@ -131,9 +131,27 @@ def test_bad_requests_leave_nothing(tmp_path, dirty):
         filter_text([write(tmp_path / "short.jsonl", [{"text": "Ship"}])], out, quiet=True)
     with pytest.raises(InputError, match="one of the files to read"):
         filter_text([dirty], dirty, quiet=True)
+    for report in (tmp_path, out):
+        with pytest.raises(InputError, match="name a file of its own"):
+            filter_text([dirty], out, report=report, quiet=True)
     with pytest.raises(InputError, match="standard input can be read once"):
         filter_text(["-"], out, budget=0.5, quiet=True)
     assert not out.exists()
+
+
+def test_talk_without_a_word_is_no_division_by_zero(tmp_path):
+    path = write(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": ""}]}])
+    made = filter_text([path], tmp_path / "x.jsonl", report=tmp_path / "x.html", quiet=True)
+    assert (made["kept"], made["bytes"], made["kept_share"]) == (1, 0, 0)
+
+
+def test_half_a_character_in_talk_is_kept_as_it_came(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": korean(5) + "\ud800"}]}, {"messages": TALK}]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for given in ({}, {"budget": 1.0}):
+        assert filter_text([path], tmp_path / "x.jsonl", report=tmp_path / "x.html", quiet=True, **given)["kept"] == 2
+        assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").splitlines()] == rows
 
 
 @pytest.mark.parametrize("value", ["0%", "101%", "x", "-5MB", "0"])

@@ -51,6 +51,8 @@ def filter_text(
     files = find_files(paths).train
     if any(path.resolve() == out.resolve() for path in files):
         raise InputError(f"{out} is one of the files to read: write to another")
+    if report is not None and (Path(report).is_dir() or Path(report).resolve() == out.resolve()):
+        raise InputError(f"--report {report}: name a file of its own")
     cleaner = Cleaner(languages, against)
     out.parent.mkdir(parents=True, exist_ok=True)
     workers = workers or _workers(files)
@@ -182,7 +184,8 @@ def _result(out: Path, tally: Tally, met: Report, cleaner: Cleaner, seconds: flo
     (documents, size), (kept, kept_size) = tally.total(), tally.kept_total()
     result: dict[str, Any] = {
         "file": str(out), "documents": documents, "bytes": size, "kept": kept, "kept_bytes": kept_size,
-        "kept_share": kept_size / size, "languages": {name: _counts(count) for name, count in tally.kept.items()},
+        "kept_share": kept_size / max(1, size),
+        "languages": {name: _counts(count) for name, count in tally.kept.items()},
         "dropped": {name: _counts(count) for name, count in tally.dropped.items()},
         "bad_bytes": met.bad_bytes, "held_out": met.held_out,
         "damaged_files": len(met.damaged), "damaged": met.damaged,
@@ -199,7 +202,7 @@ def _counts(count: Sequence[int]) -> dict[str, int]:
 
 def write_report(path: Path, result: Mapping[str, Any], tally: Tally, names: Sequence[str]) -> None:
     """What was kept, what was dropped, and examples of both, as one HTML file."""
-    size = result["bytes"]
+    size = max(1, result["bytes"])
     rows = [{"reason": name, "documents": count, "bytes": dropped, "share of bytes": f"{dropped / size:.2%}",
              "meaning": MEANING[name]} for name, (count, dropped) in
             sorted(tally.dropped.items(), key=lambda item: -item[1][1])]  # fmt: skip

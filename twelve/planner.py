@@ -8,6 +8,7 @@ from typing import Any
 
 from twelve import heap
 from twelve.config import ModelConfig, deepseek_v2_lite, deepseek_v3
+from twelve.convert import load_config, resolve
 from twelve.convert.huggingface import config_from
 from twelve.errors import InputError
 from twelve.files import read_json
@@ -41,32 +42,53 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """What `pretrain` would do with these `paths`, minutes (10) and bytes of memory; nothing is written.
 
-    model: a folder, a config.json or a preset's name, to be told of instead. gpus: named hardware, like 8xH100, with
-    `model` or so many `parameters`, on `tokens` or for `minutes`, at a `utilisation` of the dense BF16 peak. watts: of
-    the machine, or of each device; price: of a kilowatt-hour in `currency`; rent: of a device and hour. given: further
-    arguments of `expect`. InputError for a request that cannot be met.
+    model: what `read_model` reads, to be told of instead. gpus: named hardware, like 8xH100, with `model` or so many
+    `parameters`, on `tokens` or for `minutes`, at a `utilisation` of the dense BF16 peak. watts: of the machine, or of
+    each device; price: of a kilowatt-hour in `currency`; rent: of a device and hour. given: further arguments of
+    `expect`. InputError for a request that cannot be met, and for what says nothing in its kind of plan.
     """
     bill = {"price": price, "currency": currency}
+    config = read_model(model) if model is not None else None
+    here = {"PATH": paths, "--memory": memory, **_options(given.get("switches") or {}), **_options(given)}
     if gpus is not None:
-        config = read_model(model) if model is not None else None
+        _refuse("is for a training here: leave it out with --gpus", here)
         return on_named(gpus, config, parameters, tokens, minutes, utilisation, context, watts, rent, **bill)
-    for name, value in (("parameters", parameters), ("tokens", tokens), ("rent", rent), ("utilisation", utilisation)):
-        if value is not None:
-            raise InputError(f"--{name} belongs to named hardware: add --gpus, like --gpus 8xH100")
-    if model is not None:
-        return of_model(read_model(model), context)
+    named = {"parameters": parameters, "tokens": tokens, "rent": rent, "utilisation": utilisation}
+    _refuse("belongs to named hardware: add --gpus, like --gpus 8xH100", _options(named))
+    if config is not None:
+        bounds = {"minutes": minutes, "watts": watts, "price": price}
+        _refuse("is for a training here: leave it out with --model", here | _options(bounds))
+        return of_model(config, context)
     asked = {"minutes": MINUTES if minutes is None else minutes, "memory": memory, "context": context, **given}
     return of_run(expect(paths, **asked), _command(paths, asked), watts or WATTS, **bill)
 
 
+def _options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are typed."""
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items() if name != "switches"}
+
+
+def _refuse(why: str, options: Mapping[str, Any]) -> None:
+    """InputError for the first that was given."""
+    for name, value in options.items():
+        if value:
+            raise InputError(f"{name} {why}")
+
+
 def read_model(name: str) -> ModelConfig:
-    """The configuration of a preset, a model folder or a config.json, quantised ones too. InputError for others."""
+    """The configuration of a preset, a config.json, or any model (see `resolve`), quantised ones too. InputError for
+    others."""
     if name in PRESETS:
         return PRESETS[name]()
     path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists() or path.suffix != ".json":
-        raise InputError(f"{name} is no model folder, config.json or preset ({', '.join(PRESETS)})")
+    if path.suffix != ".json":
+        try:
+            path = resolve(name)
+        except InputError as error:
+            raise InputError(f"{error}; or a config.json, or a preset: {', '.join(PRESETS)}") from error
+        if path.is_file():  # .gguf
+            return load_config(path)
+        path /= "config.json"
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a JSON object")
@@ -185,19 +207,21 @@ def on_named(
     cluster = read_cluster(name)
     if config is not None and parameters is not None:
         raise InputError("--model and --parameters both say how large the model is: leave one out")
+    if tokens is not None and minutes is not None:
+        raise InputError("--tokens and --minutes both say how long it trains: leave one out")
     share = utilisation or UTILISATION
     seconds = 60 * minutes if minutes is not None else None
-    context = context or TRAINING_CONTEXT
     result: dict[str, Any] = {"devices": f"{cluster.count} x {cluster.name}"}
     if config is not None:
+        context = context or min(config.max_position_embeddings, TRAINING_CONTEXT)
         counts = cost.parameters(config)
         flops = cost.training_flops(config, context)
         result |= {"parameters": counts.total, "active_parameters": counts.active}
         active, parts = counts.active, memory_a_device(config, cluster, context)
     else:
-        active = int(parameters or largest(cluster, seconds))
+        active = max(1, int(parameters or largest(cluster, seconds, share)))
         flops = 6.0 * active
-        result |= {"parameters": active, "why": "as asked" if parameters else reason(cluster, seconds)}
+        result |= {"parameters": active, "why": "as asked" if parameters else reason(cluster, seconds, share)}
         parts = {"weights, gradients, optimiser": sharded(active, cluster.count), "reserved": RESERVED}
     speed = cluster.flops(share) / flops
     if tokens is None:
@@ -206,12 +230,13 @@ def on_named(
     needed, there = sum(parts.values()), cluster.device.memory * 1e9
     if needed > there:
         raise InputError(
-            f"{needed / 1e9:,.1f} GB a device are needed ({_decimal(parts)}), and a {cluster.name} has "
+            f"{needed / 1e9:,.1f} GB a device are needed ({_decimal(parts)}), and each {cluster.name} has "
             f"{cluster.device.memory} GB: take more of them, or a smaller model"
         )
     each = watts or cluster.device.watts
     result |= {
-        "tokens": int(tokens), "time": f"{_duration(hours)} at {share:.0%} of {cluster.device.bf16:g} TFLOPS (BF16)",
+        "tokens": int(tokens),
+        "time": f"{_duration(hours)} at {share:.0%} of {cluster.device.bf16:g} TFLOPS in 16 bits",
         "tokens_per_second": speed, "device_hours": hours * cluster.count,
         "memory_a_device": f"{needed / 1e9:.1f} of {cluster.device.memory} GB: {_decimal(parts)}",
         "energy": _energy(3600 * hours, each * cluster.count, price, currency),

@@ -18,6 +18,7 @@ def test_shares_are_weight_times_size_to_the_temperature():
     assert shares([100, 300], [1, 1], 1) == pytest.approx([0.25, 0.75])
     assert shares([100, 400], [1, 1], 2) == pytest.approx([1 / 3, 2 / 3])
     assert shares([100, 300], [3, 1], 1) == pytest.approx([0.5, 0.5])
+    assert shares([1, 10**9], [1, 0], 0.01) == [1, 0]  # what is not taken does not make the rest vanish
     assert shares([1, 10**9], [1, 1], 1e6) == pytest.approx([0.5, 0.5], abs=1e-4)
 
 

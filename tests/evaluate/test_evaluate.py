@@ -75,6 +75,14 @@ def test_a_model_compared_with_itself_does_not_differ(room):
     assert [row["language"] for row in result["choices"]] == ["ko"]
 
 
+def test_a_single_document_has_no_standard_error(room, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text(" ".join(LINES), encoding="utf-8")
+    result = evaluate(room / "one", texts=[tmp_path / "book.txt"], compare=room / "two")
+    assert result["text"][0]["standard_error"] is result["comparisons"][0]["p_value"] is None
+    said = capsys.readouterr().out
+    assert "1 document, so no standard error" in said and "a single item, so no test" in said and "nan" not in said
+
+
 def test_planted_overlaps_are_found_and_nothing_else(room, tmp_path):
     """Training text with two of the evaluation's rows in it, and training text without."""
     asked = [f"Question {n}: what did sailor {n} bring home from island {n * 7} in {1590 + n}?" for n in range(20)]
@@ -92,6 +100,15 @@ def test_planted_overlaps_are_found_and_nothing_else(room, tmp_path):
     assert [each["where"].rpartition(":")[2] for each in row["examples"]] == ["4", "12"]
     assert "sailor 3" in row["examples"][0]["shared"]
     assert "Evaluation files in training text" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_row_that_says_the_same_is_found(tmp_path):
+    asked = "What did the captain of the twelve ships write to the king before the battle?"
+    rows = [{"prompt": f"{asked} {end}", "choices": ["a", "b"], "answer": 0} for end in ("Say it.", "Why?", "When?")]
+    path = write(tmp_path / "choices.jsonl", rows)
+    train = write(tmp_path / "train.jsonl", [{"text": f"He was asked: {asked.lower()}"}])
+    [row] = run("--choices", path, "--contamination", train)["contamination"]
+    assert (row["items"], row["found"]) == (3, 3) and len(row["examples"]) == 3
 
 
 def test_what_a_folder_holds_out_was_not_trained_on(tmp_path):
@@ -131,6 +148,7 @@ def test_texts_and_task_files_are_looked_for_too(room, tmp_path):
         (["--task", "arithmetic", "--samples", "2", "--temperature", "0"], "are all the same"),
         (["--text", "text.jsonl", "--out", "."], "is a folder"),
         (["--choices", "choices.jsonl", "--compare", "nowhere"], "nowhere"),
+        (["--text", "-", "--compare", "two"], "standard input can be read once"),
     ],
 )
 def test_bad_input_is_one_line(room, monkeypatch, arguments, words):

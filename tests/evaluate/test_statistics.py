@@ -1,6 +1,7 @@
 """Standard errors against a bootstrap, and tests against exact ones."""
 
 import math
+import time
 from itertools import product
 from math import comb
 from statistics import fmean
@@ -75,6 +76,13 @@ def test_mcnemar_is_the_exact_binomial_test(first, second):
     assert mcnemar(first, second) == pytest.approx(exact)
 
 
+def test_mcnemar_of_many_items_is_quick():
+    began = time.process_time()
+    z = (300 - 0.5) / math.sqrt(20_000 / 4)  # of 20,000 items 300 more than half, as a normal distribution has it
+    assert mcnemar(10_300, 9_700) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+    assert time.process_time() - began < 2
+
+
 def test_mcnemar_is_the_share_of_swaps_that_differ_as_much():
     """Every item's two models exchanged or not: all 2^n ways have the same chance if they are equally good."""
     a, b = [1, 1, 1, 0, 1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
@@ -95,6 +103,13 @@ def test_a_comparison_pairs_the_items():
     assert found.standard_error == pytest.approx(expected, rel=0.05) and found.test == "paired t"
     assert found.p_value < 1e-6 and found.standard_error < 0.1 * standard_error(first.tolist())
     assert compare_shares("x", first.tolist(), first.tolist()).p_value == 1
+
+
+def test_items_that_all_differ_alike_are_no_certainty():
+    """Two problems, half of one's answers right and none of the other's: a coin thrown twice."""
+    found = compare_shares("x", [0.5, 0.5], [0.0, 0.0])
+    assert (found.difference, found.p_value, found.test) == (0.5, 0.5, "sign")
+    assert compare_shares("x", [0.5] * 10, [0.0] * 10).p_value == pytest.approx(2 / 2**10)
 
 
 def test_a_comparison_of_bits_per_byte_pairs_documents():

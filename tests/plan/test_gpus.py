@@ -1,11 +1,13 @@
 """Named hardware: arithmetic of published trainings, and what is said of requests that cannot be met."""
 
+from dataclasses import replace
+
 import pytest
 
-from twelve.config import deepseek_v3
+from twelve.config import deepseek_v2_lite, deepseek_v3
 from twelve.errors import InputError
 from twelve.plan import cost, gpus
-from twelve.planner import plan
+from twelve.planner import on_named, plan
 
 
 def test_v3s_training_cost():
@@ -35,7 +37,7 @@ def test_names_as_people_write_them(text):
     assert gpus.read_cluster("2xA100-80GB").name == "A100-80"
 
 
-@pytest.mark.parametrize("text", ["", "8x", "0xH100", "9xH900", "x"])
+@pytest.mark.parametrize("text", ["", "8x", "0xH100", "9xH900", "x", "9" * 400 + "xH100"])
 def test_unknown_hardware_is_one_line(text):
     with pytest.raises(InputError, match="8xH100; known: A100-40") as told:
         plan(gpus=text)
@@ -49,6 +51,41 @@ def test_what_does_not_fit_says_so():
         plan(parameters=7e9)
     with pytest.raises(InputError, match="leave one out"):
         plan(gpus="8xH100", model="deepseek_v3", parameters=7e9)
+
+
+def test_the_size_goes_by_the_utilisation_that_is_asked_for():
+    """20 tokens a parameter, in the time: N and D of C = 6 N D = 120 N^2."""
+    for share in (0.1, 0.5):
+        found = plan(gpus="8xH100", minutes=60, utilisation=share)
+        assert found["parameters"] == pytest.approx((share * 8 * 989e12 * 3600 / 120) ** 0.5, rel=1e-6)
+        assert found["tokens"] == pytest.approx(20 * found["parameters"], rel=1e-6) and "20 tokens" in found["why"]
+
+
+def test_what_is_asked_for_in_vain_is_refused():
+    for asked, words in (
+        ({"gpus": "8xH100", "minutes": 60, "tokens": 1e9}, "--tokens and --minutes both say how long"),
+        ({"gpus": "8xH100", "memory": 2**30}, "--memory is for a training here: leave it out with --gpus"),
+        ({"gpus": "8xH100", "paths": ["a.txt"]}, "PATH is for a training here"),
+        ({"gpus": "8xH100", "switches": {"hc_mult": 4}}, "--hc-mult is for a training here"),
+        ({"model": "deepseek_v3", "minutes": 3.0}, "--minutes is for a training here: leave it out with --model"),
+        ({"model": "deepseek_v3", "batch": 8}, "--batch is for a training here"),
+    ):
+        with pytest.raises(InputError, match=words):
+            plan(**asked)
+
+
+def test_tiny_requests_are_no_division_by_zero():
+    assert plan(gpus="8xH100", parameters=0.1)["parameters"] == 1
+    found = plan(gpus="T4", minutes=1e-15)
+    assert found["parameters"] == 1 and found["time"].endswith("of 65 TFLOPS in 16 bits")  # it has no bfloat16
+
+
+def test_a_row_is_no_longer_than_the_model_reads():
+    long, short = (plan(gpus="8xH100", model="deepseek_v2_lite", tokens=1e9, context=size)["flops_per_token"]
+                   for size in (4096, 1024))  # fmt: skip
+    config = replace(deepseek_v2_lite(), max_position_embeddings=1024)
+    found = on_named("8xH100", config, None, 1e9, None, None, None, None, None, None, "")
+    assert short < long and found["flops_per_token"] == short
 
 
 def test_more_time_and_more_devices_make_larger_models():

@@ -44,6 +44,14 @@ def test_other_threads_are_another_machine(quick, monkeypatch):
     assert calls == [1, 1]
 
 
+def test_a_gpu_that_was_hidden_is_measured_when_it_shows(quick, monkeypatch):
+    assert machine.measure().gpus == []
+    monkeypatch.setattr(machine, "_visible", lambda: range(1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(machine, "_gpus", lambda: [{"name": "A GPU", "memory": 8, "gflops": 1.0}])
+    assert [gpu["name"] for gpu in machine.measure().gpus] == ["A GPU"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', '{"x": {"host": "y"}}'])
 def test_a_damaged_cache_is_measured_anew(quick, content):
     quick.parent.mkdir(parents=True)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from twelve.compiler import cache_folder
 from twelve.config import small_v3, with_memory
+from twelve.convert import save
+from twelve.convert.gguf_export import export
 from twelve.data.corpus import tokenize
 from twelve.data.survey import survey
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
+from twelve.model import Transformer
 from twelve.plan.machine import Machine
 from twelve.planner import plan
 from twelve.train import outlook
@@ -165,7 +169,7 @@ def test_the_verb_tells_of_a_run(text, known):
         ({"memory": 64 * GIB}, "64.00 GiB are more than the 16.00 GiB that there are"),
         ({"memory": GIB // 8}, "0.12 GiB are too little to train any model"),
         ({"device": "meta"}, "meta is neither"),
-        ({"model": "no such model"}, "is no model folder, config.json or preset"),
+        ({"model": "no such model"}, "no such model does not exist; .* or a config.json, or a preset: deepseek"),
     ],
 )
 def test_what_cannot_be_met_says_why(text, known, asked, words):
@@ -196,3 +200,17 @@ def test_published_models_are_told_of(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert plan(model=str(tmp_path))["parameters"] == plan(model="deepseek_v2_lite")["parameters"] == 15_706_484_224
+
+
+def test_a_model_may_be_any_that_can_be_read(tmp_path):
+    """A .gguf file, and the name of a model that was fetched."""
+    words = Tokenizer.train(["twelve ships went out to sea"] * 9, 300)
+    model = Transformer(small_v3(words.vocab_size, 64, 2, 0, 2, 128)).init_weights(0)
+    save(model, words, tmp_path / "folder")
+    export(tmp_path / "folder", tmp_path / "model.gguf", "float32")
+    pulled = cache_folder() / "models" / "someone" / "ship"
+    pulled.parent.mkdir(parents=True)
+    (tmp_path / "folder").rename(pulled)
+    (pulled / "pull.json").write_text("{}")
+    sizes = [plan(model=name)["parameters"] for name in (str(tmp_path / "model.gguf"), "someone/ship")]
+    assert sizes == [sum(parameter.numel() for parameter in model.parameters())] * 2

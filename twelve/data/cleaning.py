@@ -30,6 +30,7 @@ from twelve.data.dedup import NONE, Seen, Signatures, shingles, sign
 from twelve.data.language import LANGUAGES, languages
 from twelve.data.quality import judge
 from twelve.data.reader import Document, batches
+from twelve.data.sample import valid
 from twelve.data.words import read_words
 from twelve.errors import InputError
 from twelve.files import atomic_write
@@ -137,7 +138,7 @@ def text_of(document: Document) -> str:
     """A document's text, or all that is said in a conversation."""
     if document.text is not None:
         return document.text
-    return "\n".join(str(message.get("content") or "") for message in document.messages)
+    return valid("\n".join(str(message.get("content") or "") for message in document.messages))
 
 
 _cleaner: Cleaner  # of a process of the pool
@@ -223,7 +224,8 @@ def write_rows(path: Path) -> Iterator[Callable[[Document], None]]:
     with atomic_write(path) as temporary, open(temporary, "wb") as raw:
         packed = path.suffix.lower() == ".gz"  # mtime: equal documents make equal files
         binary = gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) if packed else raw
-        with io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as file:
+        # half a character, which a message may hold, is written as JSON writes it
+        with io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             yield lambda document: _write_row(file, document)
 
 

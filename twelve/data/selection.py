@@ -27,6 +27,7 @@ ROUNDS = 4  # in which a batch is chosen from, so that documents alike within it
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
     """Of a budget, what each source has a right to; they sum to 1."""
+    sizes = [size if weight else 0 for size, weight in zip(sizes, weights, strict=True)]
     largest = max(sizes)
     raw = [weight * (size / largest) ** (1 / temperature) for size, weight in zip(sizes, weights, strict=True)]
     return [value / sum(raw) for value in raw]

@@ -37,6 +37,12 @@ class BitsPerByte:
     document_bits: Tensor = field(repr=False)  # [documents] float64
     document_bytes: Tensor = field(repr=False)  # [documents] float64
 
+    def __str__(self) -> str:
+        known = math.isfinite(self.standard_error)  # one document tells nothing of others
+        error, of = (f" ± {self.standard_error:.4f}", "documents") if known else ("", "document, so no standard error")
+        told = f"{self.bytes:,} bytes, {self.documents:,} {of}, windows of {self.context}"
+        return f"{self.bits_per_byte:.4f}{error} bits a byte ({told})"
+
     def to_dict(self) -> dict[str, Any]:
         rest = {name: value for name, value in asdict(self).items() if not name.startswith("document_")}
         return {**rest, "standard_error": finite(self.standard_error)}

@@ -38,11 +38,12 @@ class Difference:
 
     def __str__(self) -> str:
         form = ".4f" if self.unit else ".1%"
+        told = f"{self.measure}: {self.first:{form}} against {self.second:{form}}{self.unit}, difference "
+        if self.items < 2:
+            return f"{told}{self.difference:+{form}} (a single item, so no test)"
         chance = f"p < {LEAST:g}" if self.p_value < LEAST else f"p = {self.p_value:.2g}"
-        return (
-            f"{self.measure}: {self.first:{form}} against {self.second:{form}}{self.unit}, difference "
-            f"{self.difference:+{form}} ± {self.standard_error:{form}}, {chance} ({self.test}, {self.items:,} items)"
-        )
+        error = f"{self.standard_error:{form}}"
+        return f"{told}{self.difference:+{form}} ± {error}, {chance} ({self.test}, {self.items:,} items)"
 
 
 def compare_bits(measure: str, first: BitsPerByte, second: BitsPerByte) -> Difference:
@@ -50,8 +51,9 @@ def compare_bits(measure: str, first: BitsPerByte, second: BitsPerByte) -> Diffe
     spent = first.document_bits - second.document_bits
     difference = first.bits_per_byte - second.bits_per_byte
     error = ratio_error(spent, first.document_bytes, difference)
-    return Difference(measure, first.bits_per_byte, second.bits_per_byte, difference, error,
-                      _paired_t(difference, error, len(spent)), "paired t", len(spent), " bits a byte")  # fmt: skip
+    test, chance = _paired(difference, error, len(spent))
+    return Difference(measure, first.bits_per_byte, second.bits_per_byte, difference, error, chance, test, len(spent),
+                      " bits a byte")  # fmt: skip
 
 
 def compare_shares(measure: str, first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -61,7 +63,7 @@ def compare_shares(measure: str, first: Sequence[float], second: Sequence[float]
     if {*first, *second} <= {0, 1}:
         test, chance = "McNemar", mcnemar(apart.count(1), apart.count(-1))
     else:
-        test, chance = "paired t", _paired_t(difference, error, len(apart))
+        test, chance = _paired(difference, error, len(apart))
     return Difference(measure, fmean(first), fmean(second), difference, error, chance, test, len(apart))
 
 
@@ -78,9 +80,10 @@ def differences(measure: str, first: Any, second: Any) -> list[Difference]:
             compare_shares(f"{measure}, by byte", first.right_by_byte, second.right_by_byte)]  # fmt: skip
 
 
-def _paired_t(difference: float, error: float, items: int) -> float:
+def _paired(difference: float, error: float, items: int) -> tuple[str, float]:
+    """The test that fits, and its p-value. Items that all differ alike have no spread, and a t test would be sure."""
     if items < 2:
-        return math.nan
+        return "paired t", math.nan
     if not error:
-        return 1.0 if not difference else 0.0
-    return student(difference / error, items - 1)
+        return "sign", mcnemar(items, 0) if difference else 1.0
+    return "paired t", student(difference / error, items - 1)

@@ -40,10 +40,7 @@ def overlaps(train: Sequence[str | Path], files: Sequence[str | Path]) -> tuple[
     Reads the training text once, as a stream.
     """
     known = Contamination(files, n=WORDS)
-    found: dict[str, str] = {}  # file:line of an item and the first words of it that were met
-    for text in tqdm(_texts(train), desc="contamination", unit="text", leave=False):
-        for place, words in known.overlaps(text):
-            found.setdefault(place, words)
+    found = known.rows_in(tqdm(_texts(train), desc="contamination", unit="text", leave=False))
     items = Counter(place.rpartition(":")[0] for place in dict.fromkeys(known.places))
     results = {path: Overlap(path, count) for path, count in items.items()}
     for place, words in found.items():

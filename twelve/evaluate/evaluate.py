@@ -10,7 +10,7 @@ from typing import Any
 
 from twelve import tasks as known_tasks
 from twelve.convert import load
-from twelve.data.reader import find_files
+from twelve.data.reader import STDIN, find_files
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import Accuracy, task_accuracy
@@ -83,6 +83,8 @@ def evaluate(
             raise InputError(f"{path} is a folder: name a file in it")
     for name in names:
         known_tasks.get(name)
+    if STDIN in map(str, texts) and (compare is not None or contamination):
+        raise InputError("--text -: standard input can be read once, and this reads it twice: save it in a file")
     find_files(texts)
     wanted = Wanted(texts, {str(path): _items(path, languages, limit) for path in choices}, names, languages, levels,
                     problems, limit, context, samples, temperature, seed, device, facts, without_memory)  # fmt: skip
@@ -116,8 +118,7 @@ def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure]]:
         for path in wanted.texts:
             bits = bits_per_byte(network, tokenizer, path, context=wanted.context, limit=wanted.limit)
             found.append((str(path), bits))
-            print(f"{path}: {bits.bits_per_byte:.4f} ± {bits.standard_error:.4f} bits a byte "
-                  f"({bits.bytes:,} bytes, {bits.documents:,} documents, windows of {bits.context})")  # fmt: skip
+            print(f"{path}: {bits}")
         for path, items in wanted.choices.items():
             for chosen in choice_accuracy(network, tokenizer, path, items):
                 found.append((f"{path} {chosen.language}", chosen))

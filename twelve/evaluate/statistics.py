@@ -55,5 +55,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p-value (McNemar, Psychometrika 12, 1947): of the items that one model alone gets right, each is
     the first's or the second's like a fair coin."""
     tosses, few = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(tosses, heads) for heads in range(few + 1))
+    tail, ways = 0, 1  # of getting so many heads
+    for heads in range(few + 1):
+        tail += ways
+        ways = ways * (tosses - heads) // (heads + 1)
     return min(1.0, 2 * tail / 2**tosses)

@@ -13,6 +13,7 @@ from twelve.plan.memory import kept
 TOKENS_A_PARAMETER = 20  # where nothing else is asked for (arXiv 2203.15556)
 UTILISATION = 0.4  # of the dense peak; trainings that were published lie at about 0.3 to 0.5
 RESERVED = 2 * 10**9  # bytes a device for CUDA, libraries and buffers
+STATE = 16  # bytes a parameter: weight, gradient and AdamW's two averages in float32
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Cluster:
     device: Accelerator
     count: int
 
-    def flops(self, utilisation: float = UTILISATION, precision: str = "bf16") -> float:
-        """Operations a second of all of them at this share of the peak; 0 where they do not have the type."""
-        return self.count * (getattr(self.device, precision) or 0) * 1e12 * utilisation
+    def flops(self, utilisation: float = UTILISATION) -> float:
+        """Operations a second of all of them in 16 bits, at this share of the peak."""
+        return self.count * self.device.bf16 * 1e12 * utilisation
 
 
 def read_cluster(text: str) -> Cluster:
     """Of a text like 8xH100 or T4. InputError names what is known."""
-    found = re.fullmatch(r"(?:(\d+)\s*[x*]\s*)?(.+)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(?:(\d{1,7})\s*[x*]\s*)?(.+)", text.strip(), re.IGNORECASE)
     plain = {_plain(name): name for name in TABLE}
     name = plain.get(_plain(found[2])) if found else None
     if name is None or int(found[1] or 1) < 1:
@@ -73,11 +74,11 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("nvidia").removesuffix("gb")
 
 
-def sharded(parameters: int, count: int, state: int = 16) -> float:
+def sharded(parameters: int, count: int, state: int = STATE) -> float:
     """Bytes a device of everything that grows with the parameters, spread over all devices (FSDP, ZeRO-3).
 
-    state: bytes a parameter; 16 are weight, gradient and AdamW's two averages in float32. V3 kept 12 or 8 beside the
-    weights that it multiplied with: a float32 copy and averages in float32 or bfloat16.
+    state: bytes a parameter. V3 kept 12 or 8 beside the weights that it multiplied with: a float32 copy and
+    averages in float32 or bfloat16.
     """
     return parameters * state / count
 
@@ -103,16 +104,16 @@ def memory_a_device(config: ModelConfig, cluster: Cluster, context: int, recompu
     }
 
 
-def largest(cluster: Cluster, seconds: float | None, state: int = 16) -> int:
+def largest(cluster: Cluster, seconds: float | None, utilisation: float = UTILISATION) -> int:
     """Parameters of a dense model that fits, and that these seconds train on 20 tokens each (6 N D operations)."""
-    fitting = 0.8 * (cluster.device.memory * 1e9 - RESERVED) * cluster.count / state  # a fifth for activations
+    fitting = 0.8 * (cluster.device.memory * 1e9 - RESERVED) * cluster.count / STATE  # a fifth for activations
     if seconds is None:
         return int(fitting)
-    return int(min(fitting, (cluster.flops() * seconds / 6 / TOKENS_A_PARAMETER) ** 0.5))
+    return int(min(fitting, (cluster.flops(utilisation) * seconds / 6 / TOKENS_A_PARAMETER) ** 0.5))
 
 
-def reason(cluster: Cluster, seconds: float | None) -> str:
+def reason(cluster: Cluster, seconds: float | None, utilisation: float = UTILISATION) -> str:
     """Which of its two bounds `largest` met."""
-    if seconds is not None and largest(cluster, seconds) < largest(cluster, None):
+    if seconds is not None and largest(cluster, seconds, utilisation) < largest(cluster, None):
         return f"the largest that gets {TOKENS_A_PARAMETER} tokens a parameter in this time"
     return "the largest that fits"

@@ -48,12 +48,15 @@ class Machine:
 
 
 def measure(refresh: bool = False) -> Machine:
-    """This machine, from the cache if it was measured with as many threads and this torch before; else in seconds.
+    """This machine, from the cache if it was measured with as many threads, these GPUs and this torch before; else in
+    seconds.
 
     `refresh` measures again. A cache that cannot be read or written is done without.
     """
     path = cache_folder() / "machine.json"
-    key = f"{platform.node()}, {_processor()}, {_cores()} cores, {torch.get_num_threads()} threads, {torch.__version__}"
+    gpus = [torch.cuda.get_device_name(index) for index in _visible()]  # the same machine may show more or fewer
+    threads = f"{torch.get_num_threads()} threads"
+    key = ", ".join([platform.node(), _processor(), f"{_cores()} cores", threads, *gpus, torch.__version__])
     known = _read(path)
     if refresh or key not in known:
         known[key] = asdict(_measured())
@@ -150,8 +153,12 @@ def _disk() -> float:
     return 0.0
 
 
+def _visible() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
 def _gpus() -> Iterator[dict[str, Any]]:
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in _visible():
         properties = torch.cuda.get_device_properties(index)
         device, scale = f"cuda:{index}", 4
         product = _product("bfloat16", device, scale)
