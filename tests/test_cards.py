@@ -11,6 +11,7 @@ import twelve
 from twelve import cli, convert
 from twelve.convert import card
 from twelve.convert.card import front_matter, origin, render, sources, version
+from twelve.convert.gguf_write import write_gguf
 from twelve.posttrain.on_policy import on_policy
 from twelve.posttrain.rl import rl
 from twelve.posttrain.student import make_student
@@ -147,6 +148,17 @@ def test_licence_languages_and_hub_name_are_handed_on(room, tmp_path):
         assert head["license"] == "mit" and head["language"] == ["ko", "en"]
         assert head["base_model"] == ["ships/small"] and head["base_model_relation"] == "finetune"
     assert origin(tmp_path / "gone") == {} and origin(room / "base")["language"] == ["ko"]
+
+
+@pytest.mark.parametrize(("keys", "wanted"), [
+    ({"license": "mit", "languages": ["ko", "en"]}, {"license": ["mit"], "language": ["ko", "en"]}),
+    ({"license": 5, "languages": "en"}, {}), ({"license": ["mit"], "languages": 7}, {}),
+])  # fmt: skip
+def test_what_a_gguf_file_says_of_itself_may_be_of_any_type(keys, wanted, tmp_path):
+    write_gguf(tmp_path / "a.gguf", {f"general.{key}": value for key, value in keys.items()}, [], [])
+    for broken in ("[]", "{}"):
+        (tmp_path / "pull.json").write_text(broken)
+        assert origin(tmp_path / "a.gguf") == wanted
 
 
 def test_a_packages_model_has_its_licence_and_hub_name():

@@ -145,6 +145,13 @@ def test_missing_packages_stop_and_extras_do_not(examine, monkeypatch, capsys):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in gone else real(name))
     found = examine()
     assert "pull (`twelve pull`), zst (.zst files)" in found["extras"]["text"] and levels(found) == set()
+    gone.clear()
+    version = doctor.importlib.metadata.version
+    with monkeypatch.context() as older:  # the one that tokenizers brought
+        older.setattr(doctor.importlib.metadata, "version", lambda name: (
+            "0.36.0" if name == "huggingface_hub" else version(name)
+        ))  # fmt: skip
+        assert "pull (`twelve pull`)" in examine()["extras"]["text"]
     gone.add("safetensors")
     found = examine(status=2)
     assert found.keys() == {"packages"} and "not installed: safetensors" in found["packages"]["text"]

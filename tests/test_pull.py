@@ -15,6 +15,7 @@ from twelve import cli, convert
 from twelve import pull as pull_module
 from twelve.config import small_v3
 from twelve.convert import card
+from twelve.convert.huggingface import INDEX, TABLE
 from twelve.errors import InputError
 from twelve.hub import TRIES, Hub
 from twelve.model.transformer import Transformer
@@ -249,10 +250,53 @@ def test_pickles_are_refused_by_name(hub):
     assert not hub.asked("pytorch_model.bin")
 
 
+def test_a_pickle_is_not_fetched_under_another_names_cover(hub, model, tmp_path):
+    """Neither as a licence nor as a shard; a shard lies beside its index, as reading wants it."""
+    hub.files["LICENSE.pkl"] = hub.files["NOTICE-1.bin"] = b"\x80\x04."
+    fetch(hub, out=tmp_path / "out")
+    assert not {"LICENSE.pkl", "NOTICE-1.bin"} & files_of(tmp_path / "out").keys()
+    shards = files_of(model / "shards")
+    for path in ("pytorch_model.bin", "sub/a.safetensors", "sub/config.json", "..", ".lock"):
+        hub.files = shards | {path: b"\x80\x04."}
+        hub.files[INDEX] = json.dumps({"weight_map": {"a": path, "b": WEIGHTS}}).encode()
+        refused(f"ships/small: {INDEX} names '{path}', which is no safetensors file beside it", hub)
+        assert not hub.asked(path)
+
+
+def test_a_table_of_rows_comes_along(hub, tokenizer, tmp_path):
+    network = Transformer(small_v3(tokenizer.vocab_size, 64, 2, 0, 1, 64, engram_vocab_size=53)).init_weights(0)
+    convert.save(network, tokenizer, tmp_path / "memory", card=CARD)
+    hub.files = files_of(tmp_path / "memory") | {"other.safetensors": b"not wanted"}
+    fetch(hub, out=tmp_path / "out")
+    assert files_of(tmp_path / "out").keys() == {*files_of(tmp_path / "memory"), "pull.json"}
+    assert convert.load(tmp_path / "out")[0].memory.table.count == network.memory.table.count
+    del hub.files[TABLE]
+    refused("has no engram.safetensors: it is no whole model", hub)
+
+
+def test_names_hashes_and_sizes_of_a_hub_are_not_believed(hub, monkeypatch, tmp_path):
+    """A hash becomes part of a file's name here, and names of files stand in messages."""
+    hub.files["\x1b[2Ja.gguf"] = b"GGUF"
+    assert fetch(hub, out=tmp_path / "out")["files"] and "\x1b" not in refused("no GGUF file b", hub, file="b.gguf")
+    said = hub.listing()
+    for change in (
+        {"blobId": "../../../../escape"}, {"blobId": 5}, {"lfs": {"sha256": "/" * 64, "size": 1, "pointerSize": 1}},
+    ):  # fmt: skip
+        with monkeypatch.context() as hostile:
+            siblings = [one | change for one in said["siblings"]]
+            hostile.setattr(hub, "listing", lambda siblings=siblings: said | {"siblings": siblings})
+            refused("does not answer as a Hugging Face hub does", hub)
+    monkeypatch.setattr(pull_module, "LARGEST_JSON", 100)
+    refused("ships/small: config.json has .*, too much for what it is", hub, out=tmp_path / "new")
+    assert len(hub.asked("config.json")) == 1  # the first call's
+
+
 def test_a_model_that_cannot_be_read_costs_nothing(hub):
     config = json.loads(hub.files["config.json"])
     hub.files["config.json"] = json.dumps(config | {"model_type": "mamba"}).encode()
     refused("ships/small: config: unknown model_type 'mamba'.*no weights were fetched", hub)
+    hub.files["config.json"] = b"[1]"
+    refused("ships/small: config: this is not a JSON object.*no weights were fetched", hub)
     hub.files["config.json"] = json.dumps(config | {"quantization_config": {"quant_method": "awq"}}).encode()
     refused("'awq'.*no weights were fetched", hub)
     assert not hub.asked(WEIGHTS)
@@ -268,8 +312,12 @@ def test_one_gguf_file_is_chosen(hub, tmp_path):
     folder = tmp_path / "cache" / "twelve" / "models" / NAME
     assert files_of(folder).keys() == {"README.md", "a.gguf", "pull.json"} and result["model"] == str(folder / "a.gguf")
     assert convert.resolve(NAME) == folder / "a.gguf"
-    del hub.files["q/a.gguf"]
+    hub.files["c-00001-of-00002.gguf"] = b"GGUF"
+    refused("c-00001-of-00002.gguf is only a part of a model", hub, file="c-00001-of-00002.gguf")
+    del hub.files["q/a.gguf"], hub.files["c-00001-of-00002.gguf"]
     assert fetch(hub, out=tmp_path / "only")["model"].endswith("only/b.gguf")
+    hub.files["d-00001-of-00001.gguf"] = b"GGUF"  # the only part is the whole
+    assert fetch(hub, out=tmp_path / "whole", file="d-00001-of-00001.gguf")["files"] == 2
 
 
 def test_a_folder_of_something_else_is_not_touched(hub, tmp_path):
@@ -279,8 +327,9 @@ def test_a_folder_of_something_else_is_not_touched(hub, tmp_path):
     (tmp_path / "file").write_text("x")
     refused("is a file", hub, out=tmp_path / "file")
     fetch(hub, out=tmp_path / "out")
-    (tmp_path / "out" / "pull.json").write_text('{"name": "other/model"}')
-    refused("holds another model", hub, out=tmp_path / "out")
+    for other in ('{"name": "other/model"}', "[]", "{}"):
+        (tmp_path / "out" / "pull.json").write_text(other)
+        refused("holds another model", hub, out=tmp_path / "out")
 
 
 def test_room_is_looked_for_before_the_weights_are_fetched(hub, monkeypatch, tmp_path):

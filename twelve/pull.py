@@ -14,10 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from twelve.config import ModelConfig
 from twelve.convert import load_config
 from twelve.convert.card import front_matter, render
-from twelve.convert.folder import PULLED, pulled_folder
-from twelve.convert.huggingface import INDEX, PICKLES, SINGLE, config_from
+from twelve.convert.folder import PULLED, pulled_folder, pulled_name
+from twelve.convert.huggingface import INDEX, PICKLES, SINGLE, TABLE, config_from
 from twelve.errors import InputError
 from twelve.files import FolderLock, atomic_write, free_bytes, read_json, write_json
 from twelve.hub import Hub, Remote
@@ -27,7 +28,9 @@ BESIDE = {
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
 }  # fmt: skip
 TEXTS = re.compile(r"(?i)README\.md|(licen[cs]e|notice)[\w.-]*")
+PART = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.gguf")  # of a model cut into several files
 SPARE = 64 << 20  # bytes to leave free on the disk
+LARGEST_JSON = 256 << 20  # bytes of what is read before the room on the disk is known
 
 
 def pull(
@@ -51,15 +54,16 @@ def pull(
         listed = hub.files()
         write_json(folder / PULLED, {"name": name, "revision": revision, "commit": hub.commit})
         gguf = _gguf(listed, file, name)
-        wanted = [remote for path, remote in listed.items() if TEXTS.fullmatch(path)]
+        wanted = [one for path, one in listed.items() if TEXTS.fullmatch(path) and Path(path).suffix not in PICKLES]
         if gguf is not None:
             model = folder / gguf.name
             wanted.append(gguf)
             _fetch(hub, wanted, folder, quiet)
         else:
-            model, config = folder, _verified(hub, _one(listed, CONFIG, name), folder)
-            _check_config(config, name)
-            wanted += [*(listed[path] for path in sorted(BESIDE & listed.keys())), *_weights(hub, listed, folder)]
+            model, config = folder, _json(hub, listed, CONFIG, folder)
+            tables = [_one(listed, TABLE, name)] if _check_config(config, name).engram_layer_ids else []
+            beside = [listed[path] for path in sorted(BESIDE & listed.keys())]
+            wanted += [*beside, *tables, *_weights(hub, listed, folder)]
             if config != folder / CONFIG:  # one that is there is of an earlier revision
                 (folder / CONFIG).unlink(missing_ok=True)
             _fetch(hub, wanted, folder, quiet)
@@ -86,7 +90,7 @@ def _check_folder(folder: Path, name: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder with --out")
     if (folder / PULLED).exists():
-        if read_json(folder / PULLED).get("name") != name:
+        if pulled_name(folder) != name:
             raise InputError(f"{folder} holds another model: name another folder with --out")
     elif folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
         raise InputError(f"{folder} holds other files: name a new folder with --out")
@@ -101,6 +105,14 @@ def _one(listed: dict[str, Remote], path: str, name: str) -> Remote:
     return listed[path]
 
 
+def _json(hub: Hub, listed: dict[str, Remote], path: str, folder: Path) -> Path:
+    """Where a file that describes the others lies, fetched first."""
+    one = _one(listed, path, hub.name)
+    if one.size > LARGEST_JSON:
+        raise InputError(f"{hub.name}: {path} has {_size(one.size)}, too much for what it is")
+    return _verified(hub, one, folder)
+
+
 def _gguf(listed: dict[str, Remote], file: str | None, name: str) -> Remote | None:
     """The GGUF file to fetch: the one asked for, or the only one where there are no safetensors."""
     found = [path for path in listed if path.endswith(".gguf")]
@@ -109,6 +121,8 @@ def _gguf(listed: dict[str, Remote], file: str | None, name: str) -> Remote | No
             raise InputError(f"{file} is a pickle, and reading one can run code hidden in it: it is never fetched")
         if file not in found:
             raise InputError(f"{name} has no GGUF file {file}; it has {', '.join(found) or 'none'}")
+        if PART.fullmatch(file):
+            raise InputError(f"{file} is only a part of a model: twelve reads those that are one file")
         return listed[file]
     if SINGLE in listed or INDEX in listed or not found:
         return None
@@ -117,9 +131,9 @@ def _gguf(listed: dict[str, Remote], file: str | None, name: str) -> Remote | No
     return listed[found[0]]
 
 
-def _check_config(path: Path, name: str) -> None:
+def _check_config(path: Path, name: str) -> ModelConfig:
     try:
-        config_from(read_json(path))
+        return config_from(read_json(path))
     except InputError as error:
         raise InputError(f"{name}: {error} (no weights were fetched)") from error
 
@@ -128,11 +142,15 @@ def _weights(hub: Hub, listed: dict[str, Remote], folder: Path) -> list[Remote]:
     if SINGLE in listed:
         return [listed[SINGLE]]
     if INDEX in listed:
-        index = read_json(_verified(hub, listed[INDEX], folder))
+        index = read_json(_json(hub, listed, INDEX, folder))
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict):
             raise InputError(f"{hub.name}: {INDEX} has no weight_map")
-        return [_one(listed, str(shard), hub.name) for shard in sorted(set(placed.values()))] + [listed[INDEX]]
+        shards = sorted({str(shard) for shard in placed.values()})
+        for shard in shards:
+            if "/" in shard or not shard.endswith(".safetensors"):
+                raise InputError(f"{hub.name}: {INDEX} names {shard!r}, which is no safetensors file beside it")
+        return [_one(listed, shard, hub.name) for shard in shards] + [listed[INDEX]]
     pickles = [path for path in listed if Path(path).suffix in PICKLES]
     if not pickles:
         raise InputError(f"{hub.name} has no weights that twelve can read: neither safetensors nor GGUF")

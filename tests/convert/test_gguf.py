@@ -40,6 +40,7 @@ def write(path, metadata: dict, tensors: dict, architecture: str = "llama") -> N
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         kind = {int: "uint32", float: "float32", str: "string", bool: "bool", list: "array"}[type(value)]
+        kind = "int32" if type(value) is int and value < 0 else kind
         getattr(writer, f"add_{kind}")(key, value)
     for name, value in tensors.items():
         data, kind = value if isinstance(value, tuple) else (value, TYPES.F32)
@@ -154,6 +155,39 @@ def test_absurd_files_are_refused(name, tmp_path):
         assert "type Q2_K; supported: F32, F16, Q4_0" in str(caught.value)
 
 
+PLACES = {  # of two tensors of 128 bytes
+    "one in the other": ([0, 96], "tensor 'y' cannot begin at byte"),
+    "in the same place": ([0, 0], "cannot begin at byte"),
+    "between two places": ([0, 130], "tensor 'y' cannot begin at byte"),
+    "in reverse": ([128, 0], None),
+    "with a gap": ([0, 160], None),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_tensors_share_no_bytes(name, tmp_path):
+    places, message = PLACES[name]
+    entries = [struct.pack("<Q1sIQIQ", 1, b"xy"[i : i + 1], 1, 32, 0, place) for i, place in enumerate(places)]
+    head = HEAD + struct.pack("<QQ", 2, 0) + b"".join(entries)
+    (tmp_path / "a.gguf").write_bytes(head + bytes(-len(head) % 32) + bytes(320))
+    if message is None:
+        assert GGUFFile(tmp_path / "a.gguf").tensor("y").shape == (32,)
+        return
+    with pytest.raises(InputError, match=f"a.gguf is damaged: .*{message}"):
+        GGUFFile(tmp_path / "a.gguf")
+
+
+def test_a_key_comes_once_and_a_number_is_no_block(tmp_path):
+    pair = KEY + struct.pack("<II", 4, 1)
+    (tmp_path / "a.gguf").write_bytes(HEAD + struct.pack("<QQ", 0, 2) + pair + pair)
+    with pytest.raises(InputError, match="a.gguf is damaged: the key 'k' is there twice"):
+        GGUFFile(tmp_path / "a.gguf")
+    scalar = HEAD + struct.pack("<QQ", 1, 0) + KEY + struct.pack("<IIQ", 0, 8, 0)  # no dimension, in Q8_0
+    (tmp_path / "a.gguf").write_bytes(scalar + bytes(64))
+    with pytest.raises(InputError, match="tensor 'k' has rows of 1, not a multiple of 32"):
+        GGUFFile(tmp_path / "a.gguf")
+
+
 FAMILIES = {
     "llama": ("llama", GQA),
     "llama-tied": ("llama", GQA | {"tie_word_embeddings": True, "head_dim": 16}),
@@ -214,6 +248,18 @@ def test_a_model_written_as_llama_cpp_does_equals_transformers(case, tmp_path):
     again, reread = twelve.load(tmp_path / "folder")
     assert difference(again, theirs) <= 1e-4
     assert reread.encode("th<think>7") == tokenizer.encode("th<think>7")
+
+
+@pytest.mark.parametrize("keys", [{"rope.scaling.factor": 4.0}, {"rope.scale_linear": 4.0}], ids=str)
+def test_a_scaling_without_its_kind_is_linear(keys, tmp_path):
+    """llama.cpp's rule, and the key of its first files."""
+    theirs = peer("llama", GQA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}})
+    metadata = {f"llama.{key}": value for key, value in keys.items()}
+    write_model(tmp_path / "model.gguf", "llama", theirs, metadata=metadata)
+    ours, _ = twelve.load(tmp_path)
+    assert ours.config.rope_parameters["rope_type"] == "linear" and difference(ours, theirs) <= 1e-4
+    write_model(tmp_path / "model.gguf", "llama", theirs, metadata=metadata | {"llama.rope.scaling.type": "none"})
+    assert load_config(tmp_path).rope_parameters["rope_type"] == "default"
 
 
 NARROW = GQA | {"hidden_size": 64, "intermediate_size": 96}  # 24 rows of key and value, and 48 columns of o_proj
@@ -285,6 +331,8 @@ WRONG = {
     "too few layers": ({"llama.block_count": 2}, {}, "unexpected tensor 'model.layers.2"),
     "too many layers": ({"llama.block_count": 4}, {}, "'model.layers.3.*missing"),
     "a pre-tokenizer": ({"tokenizer.ggml.pre": "klingon"}, {}, "pre-tokenizer 'klingon' is unknown"),
+    "two pre-tokenizers": ({"tokenizer.ggml.pre": ["gpt-2", "smollm"]}, {}, "pre-tokenizer .*'smollm'. is unknown"),
+    "a number as template": ({"tokenizer.chat_template": 5}, {}, "the tokenizer is damaged .*no text"),
     "no pre-tokenizer": ({"tokenizer.ggml.pre": None}, {}, "pre-tokenizer None is unknown"),
     "a tokenizer": ({"tokenizer.ggml.model": "llama"}, {}, "tokenizer model 'llama'"),
     "merges of no tokens": ({"tokenizer.ggml.merges": ["xyz zyx"]}, {}, "the tokenizer is damaged"),
@@ -292,6 +340,12 @@ WRONG = {
     "no token types": ({"tokenizer.ggml.token_type": None}, {}, "the tokenizer is damaged"),
     "token types of half": ({"tokenizer.ggml.token_type": [1, 1]}, {}, "the tokenizer is damaged"),
     "a number of tokens": ({"tokenizer.ggml.tokens": 5}, {}, "llama.vocab_size must be a positive integer"),
+    "the same token twice": ({"tokenizer.ggml.tokens": ["a"] * 1003}, {}, "the tokenizer is damaged .*twice"),
+    "an id below": ({"tokenizer.ggml.padding_token_id": -1}, {}, "the tokenizer is damaged"),
+    "yes as a size": ({"llama.attention.head_count_kv": True}, {}, "llama.attention.head_count_kv must be"),
+    "a size beyond all": ({"llama.feed_forward_length": 2**31}, {}, "model.gguf: config: intermediate_size 2147483648"),
+    "heads beyond all": ({"llama.attention.key_length": 2**31}, {}, "model.gguf: config: head_dim 2147483648"),
+    "a part of a model": ({"split.count": 3}, {}, "model.gguf is one of 3 parts of a model"),
     "an id beyond": ({"tokenizer.ggml.eos_token_id": 5000}, {}, "the tokenizer is damaged"),
 }
 

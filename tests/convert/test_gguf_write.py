@@ -68,11 +68,23 @@ def test_metadata_equals_what_the_package_reads(tmp_path):
     assert (tmp_path / "a.gguf").stat().st_size % 32 == 0
 
 
-@pytest.mark.parametrize(("kind", "bad"), [("F16", 7e4), ("Q8_0", float("nan")), ("Q4_0", float("-inf"))])
-def test_weights_that_a_type_cannot_hold_leave_no_file(kind, bad, tmp_path):
+@pytest.mark.parametrize("value", [2**32, -1, 1e39, [2**31]])
+def test_values_of_more_than_32_bits_leave_no_file(value, tmp_path):
+    with pytest.raises(InputError, match="a.key is .*: a GGUF file has 32 bits for it"):
+        write_gguf(tmp_path / "a.gguf", {"a.key": value}, [], [])
+    assert not list(tmp_path.iterdir())
+
+
+RANGE, BROKEN = "its weights.*--dtype float32", "some of its weights are no numbers: the model is damaged"
+
+
+@pytest.mark.parametrize(("kind", "bad", "words"), [
+    ("F16", 7e4, RANGE), ("Q4_0", float("-inf"), RANGE), ("Q8_0", float("nan"), BROKEN), ("F32", float("nan"), BROKEN),
+])  # fmt: skip
+def test_weights_that_a_type_cannot_hold_leave_no_file(kind, bad, words, tmp_path):
     good, wrong = torch.ones(2, 32), torch.full((2, 32), bad)
     entries = [Entry("good", (2, 32), TYPES[kind]), Entry("wrong", (2, 32), TYPES[kind])]
-    with pytest.raises(InputError, match="wrong: its weights.*--dtype float32"):
+    with pytest.raises(InputError, match=f"wrong: {words}"):
         write_gguf(tmp_path / "a.gguf", {}, entries, [good, wrong])
     assert not list(tmp_path.iterdir())
 
@@ -226,6 +238,7 @@ def test_the_verb(tokenizer, tmp_path, capsys):
         ([folder, "--out", str(tmp_path / "new"), "--dtype", "q4_0"], "--dtype q4_0 is for a .gguf file"),
         ([str(tmp_path / "mute"), "--out", file], "has no tokenizer, and a GGUF file needs one"),
         ([file, "--out", file], "is the model to read"),
+        ([folder, "--out", str(tmp_path / "new"), "--text", "a.txt"], "--text shows what a smaller model must keep"),
         ([folder, "--out", str(tmp_path / "dir.gguf")], "is a folder, not a .gguf file"),
     ):
         assert cli.main(["convert", *arguments]) == 2

@@ -142,6 +142,15 @@ def test_dtype_is_chosen_by_the_caller_and_the_routers_bias_stays_float32(tmp_pa
     assert load_file(tmp_path / "again" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_weights_beyond_float16_are_not_made_infinite(tmp_path):
+    model = model_of(GQA, "llama")
+    model.layers[1].mlp.up_proj.weight.data[3, 4] = 7e4
+    twelve.save(model, None, tmp_path)
+    assert twelve.load(tmp_path, dtype=torch.bfloat16)[0].layers[1].mlp.up_proj.weight.isfinite().all()
+    with pytest.raises(InputError, match=r"layers.1.mlp.up_proj.weight' is not all within float16's range"):
+        twelve.load(tmp_path, dtype=torch.float16)
+
+
 def test_tied_weights_stored_twice_must_be_equal(tmp_path):
     twelve.save(model_of(GQA | {"tie_word_embeddings": True}, "llama"), None, tmp_path)
     edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
@@ -210,6 +219,11 @@ WRONG_CONFIGS = {
     "a rope number is zero": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "no finite frequencies"),
     "type of the rope": ({"rope_parameters": [1, 2]}, "wrong type"),
     "sizes": ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be float, not nan"),
+    "below zero": ({"n_shared_experts": -1}, "n_shared_experts -1 is no possible size"),
+    "too many bytes": ({"intermediate_size": 2**63}, "intermediate_size 9223372036854775808 is no possible size"),
+    "too many positions": ({"head_dim": 2**31}, "head_dim 2147483648 is no possible size"),
+    "too many tokens": ({"vocab_size": 2**31}, "vocab_size 2147483648 is no possible size"),
 }
 
 
@@ -225,7 +239,7 @@ def test_wrong_configs_are_named(wrong, tmp_path):
 def test_a_config_that_is_no_object_is_named(text, tmp_path):
     twelve.save(model_of(GQA, "llama"), None, tmp_path)
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    refused(tmp_path, "config.json is not")
+    refused(tmp_path, "config.json.* is not")
 
 
 def model_of(values: dict, family: str = "deepseek_v3") -> Transformer:

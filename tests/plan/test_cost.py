@@ -49,6 +49,15 @@ def test_v41_memory():
     assert cost.table_rows(V41) * 264 == 202_758_032_400  # 256 bytes in FP8, 8 of scales
 
 
+def test_rows_of_an_engram_that_is_gone_do_not_count():
+    """As a model counts them after `convert --layers`, whichever of its Engrams had to go."""
+    before = small_v3(300, 64, 4, 4, 2, 32, engram_layer_ids=[0, 1, 2], engram_vocab_size=97)
+    for hashes in ([0, -1, 2], [-1, 1, 2], [0, 1]):
+        config = replace(before, engram_layer_ids=[0, 1], engram_hash_layers=hashes)
+        assert cost.table_rows(config) == NGramHash(config).total_rows < cost.table_rows(before)
+        assert cost.parameters(config).total == count_parameters(config)["total"]
+
+
 @pytest.mark.parametrize("size, tokens, named", [(4096, 4096, 1255), (8192, 4096, 1508), (16384, 8192, 2834)])
 def test_entries_of_a_sampled_loss(size, tokens, named):
     """`named`: different targets of a step, counted on Korean and English Wikipedia."""

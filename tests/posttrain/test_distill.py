@@ -13,11 +13,13 @@ import torch
 from small import folder, llama, model, v3
 
 from twelve import cli, convert
+from twelve.config import small_v3
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import sha256
+from twelve.model import Transformer
 from twelve.posttrain.distill import distill
-from twelve.posttrain.student import cut, fresh, kept_layers
+from twelve.posttrain.student import cut, fresh, kept_layers, make_student
 from twelve.train.pretrain import pretrain
 
 # --- students ---------------------------------------------------------------------------------------------------------
@@ -81,6 +83,26 @@ def test_a_fresh_student_has_its_teachers_tokenizer(tokenizer):
     student = fresh(tokenizer, 128, width=64, layers=2, experts=4)
     assert student.config.vocab_size == tokenizer.vocab_size and student.config.eos_token_id == tokenizer.eos_id
     assert student.config.n_routed_experts == 4 and student.config.max_position_embeddings == 128
+
+
+def test_a_student_has_a_memory_where_its_teacher_has_one(tokenizer, tmp_path):
+    """However it is made: cut it keeps the teacher's rows, fresh it has an empty table of that size."""
+    switches = {"engram_vocab_size": 53, "engram_n_heads": 2, "engram_head_dim": 8, "engram_layer_ids": [0, 3]}
+    network = Transformer(small_v3(tokenizer.vocab_size, 64, 4, 4, 2, 64, **switches))
+    network.memory.use_tokenizer(tokenizer)
+    convert.save(network.init_weights(0), tokenizer, tmp_path / "teacher")
+    for name, size in (("cut", {}), ("wide", {"width": 128}), ("dense", {"experts": 0})):
+        make_student(tmp_path / "teacher", tmp_path / name, 2, **size)
+        student, _ = convert.load(tmp_path / name)
+        config, table = student.config, student.memory.table
+        assert (config.engram_n_heads, table.width) == (2, 8) and table.count > 2 * 2 * 53, name
+        assert (student.memory.compressed == network.memory.compressed).all()
+        moved = ([0, 1], [0, 3]) if name == "cut" else ([1], None)
+        assert (config.engram_layer_ids, config.engram_hash_layers) == moved
+        assert student(torch.tensor([[5, 6, 7]])).isfinite().all()
+    plain = folder(tmp_path / "plain", tokenizer, v3(tokenizer, 2))
+    make_student(plain, tmp_path / "without", 1, width=64)
+    assert convert.load(tmp_path / "without")[0].memory is None
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from typing import Any
 
 import twelve
 from twelve.config import ModelConfig
-from twelve.convert.folder import PULLED, resolve
+from twelve.convert.folder import pulled_name, resolve
 from twelve.convert.gguf import GGUFFile
 from twelve.errors import InputError
-from twelve.files import read_json
 
 HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of models that come in packages
 RELATIONS = {"sft": "finetune", "rl": "finetune", "distill": "finetune", "quantize": "quantized"}  # the hub's words
@@ -114,9 +113,10 @@ def origin(model: str | Path) -> dict[str, list[str]]:
         return {}
     home = path if path.is_dir() else path.parent
     found = front_matter(path) if path.is_dir() else {}
-    found |= {"license": [said["general.license"]]} if "general.license" in said else {}
-    found |= {"language": list(said["general.languages"])} if "general.languages" in said else {}
-    name = read_json(home / PULLED)["name"] if (home / PULLED).exists() else HUB_NAMES.get(str(model))
+    licence, languages = said.get("general.license"), said.get("general.languages")
+    found |= {"license": [licence]} if isinstance(licence, str) else {}
+    found |= {"language": [str(word) for word in languages]} if isinstance(languages, list) else {}
+    name = pulled_name(home) or HUB_NAMES.get(str(model))
     return found | ({"base_model": [name]} if name else {})
 
 

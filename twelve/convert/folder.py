@@ -80,6 +80,12 @@ def pulled_folder(name: str) -> Path | None:
     return cache_folder() / "models" / name if NAME.fullmatch(name) else None
 
 
+def pulled_name(folder: Path) -> str | None:
+    """The name under which `twelve pull` fetched the model in the folder; None where it did not."""
+    said = read_json(folder / PULLED) if (folder / PULLED).exists() else None
+    return str(said["name"]) if isinstance(said, dict) and "name" in said else None
+
+
 def _package_folder(name: str) -> Path:
     package = PACKAGES[name]
     # found, not imported: the package's own code wants other packages and registers plug-ins

@@ -30,6 +30,10 @@ class TensorInfo:
     type: BlockType
     start: int  # byte offset in the file
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) // self.type.size * self.type.layout.itemsize
+
 
 class GGUFFile:
     """An open GGUF file (versions 2 and 3, little-endian).
@@ -58,6 +62,8 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         for _ in cursor.turns(key_count, smallest=13):
             key = cursor.string()
+            if key in self.metadata:
+                raise InputError(f"{path} is damaged: the key {key!r} is there twice")
             self.metadata[key] = cursor.value(cursor.scalar("<I"))
         entries = [self._read_entry(cursor) for _ in cursor.turns(tensor_count, smallest=24)]
         alignment = self.metadata.get("general.alignment", 32)
@@ -67,6 +73,7 @@ class GGUFFile:
         self.tensors = {name: self._locate(name, shape, kind, base + offset) for name, shape, kind, offset in entries}
         if len(self.tensors) != len(entries):
             raise InputError(f"{path}: two tensors have the same name")
+        self._check_places(base, alignment)
 
     @staticmethod
     def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -85,11 +92,19 @@ class GGUFFile:
             label = UNSUPPORTED.get(kind, f"number {kind}")
             raise InputError(f"{self.path}: tensor {name!r} has type {label}; supported: {supported}")
         block = BLOCK_TYPES[kind]
-        if shape and shape[-1] % block.size:
-            raise InputError(f"{self.path}: tensor {name!r} has rows of {shape[-1]}, not a multiple of {block.size}")
-        if start + prod(shape) // block.size * block.layout.itemsize > len(self._data):
+        row, info = prod(shape[-1:]), TensorInfo(shape, block, start)
+        if row % block.size:
+            raise InputError(f"{self.path}: tensor {name!r} has rows of {row}, not a multiple of {block.size}")
+        if start + info.nbytes > len(self._data):
             raise InputError(f"{self.path} is cut short: tensor {name!r} reaches beyond its end; fetch the file again")
-        return TensorInfo(shape, block, start)
+        return info
+
+    def _check_places(self, end: int, alignment: int) -> None:
+        """`InputError` for a tensor that shares bytes with another, or begins where none can: it has wrong weights."""
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].start):
+            if info.start < end or info.start % alignment:
+                raise InputError(f"{self.path} is damaged: tensor {name!r} cannot begin at byte {info.start}")
+            end = info.start + info.nbytes
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """The tensor, or with `index` one along its first dimension, as float32 in memory of its own."""

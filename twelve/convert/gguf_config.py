@@ -45,7 +45,7 @@ class _Keys:
 
     def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.file.metadata.get(f"{self.family}.{key}", default)
-        if not isinstance(value, int) or value < least:
+        if type(value) is not int or value < least:
             wanted = "a positive integer" if least else "an integer from 0 on"
             raise InputError(f"{self.file.path}: {self.family}.{key} must be {wanted}, not {value!r}")
         return value
@@ -64,7 +64,9 @@ class _Keys:
 def config_values(file: GGUFFile) -> dict[str, Any]:
     """The keys of a `config.json`. `InputError` for another architecture, a missing key, or what no config can say."""
     data, tensors, path = file.metadata, file.tensors, file.path
-    family = data.get("general.architecture")
+    family, parts = data.get("general.architecture"), data.get("split.count", 1)
+    if parts not in (0, 1):
+        raise InputError(f"{path} is one of {parts} parts of a model: join them first (llama.cpp's gguf-split --merge)")
     if family not in ARCHITECTURES:
         raise InputError(f"{path}: unknown architecture {family!r}; supported in GGUF: {', '.join(ARCHITECTURES)}")
     keys = _Keys(file, family)
@@ -134,17 +136,19 @@ def _experts(keys: _Keys) -> dict[str, Any]:
 
 def _rope(keys: _Keys, width: int) -> dict[str, Any]:
     """`rope_parameters`; width: of a head that is rotated whole, 0 for latent attention."""
-    path, kind = keys.file.path, keys.get("rope.scaling.type", "none")
+    path, factor = keys.file.path, keys.get("rope.scaling.factor", keys.get("rope.scale_linear"))  # the older name
+    kind = keys.get("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp takes it
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     if ROPE_FACTORS in keys.file.tensors:
         return _llama3(keys, rope, width)
     if kind == "none":
         return rope
-    own = [key for key in ("attn_factor", "yarn_attn_factor") if keys.get(f"rope.scaling.{key}", 1.0) != 1.0]
+    factors = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+    own = [key for key in factors if keys.get(f"rope.scaling.{key}", 1.0) != 1.0]
     if kind not in ("linear", "yarn") or own:
         which = f"{kind} with {own[0]}" if own else kind
         raise InputError(f"{path}: scaled rotary positions ({which}) are not supported in GGUF, only linear and yarn")
-    rope |= {"rope_type": kind, "factor": keys.number("rope.scaling.factor")}
+    rope |= {"rope_type": kind, "factor": keys.number("rope.scaling.factor", factor)}
     if kind == "yarn":
         context = keys.integer("context_length")
         rope["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length", context)

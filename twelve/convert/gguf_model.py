@@ -59,7 +59,10 @@ class GGUFModel:
     def __init__(self, path: Path, packed: bool = False) -> None:
         self._file, self.path = GGUFFile(path), path
         file, values = self._file, config_values(self._file)
-        self.config = config_from(values)
+        try:
+            self.config = config_from(values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         self._places: dict[str, tuple[str, int | None]] = {}  # folder's name -> the file's, and which of a stack
         self.shapes: dict[str, tuple[int, ...]] = {}
         for stored, info in file.tensors.items():

@@ -52,19 +52,25 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     kind, split = data.get("tokenizer.ggml.model"), data.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise InputError(f"{path}: tokenizer model {kind!r} is not supported, only byte-level BPE ('gpt2')")
-    if split not in SPLITS:
+    if not isinstance(split, str) or split not in SPLITS:
         raise InputError(f"{path}: pre-tokenizer {split!r} is unknown; known: {', '.join(SPLITS)}")
     try:
         tokens, kinds = data["tokenizer.ggml.tokens"], data["tokenizer.ggml.token_type"]
+        template = data.get("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise TypeError("the chat template is no text")
         merges = [tuple(merge.split(" ", 1)) for merge in data["tokenizer.ggml.merges"]]
-        vocabulary = {token: index for index, token in enumerate(tokens)}
+        by_id = dict(enumerate(tokens))
+        vocabulary = {token: index for index, token in by_id.items()}
+        if len(vocabulary) < len(tokens):
+            raise ValueError("a token is there twice")
         bpe = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split in WHOLE_WORDS)
         backend = tokenizers.Tokenizer(bpe)
         for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
             chosen = [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
             backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
         special_ids = {key: data.get(f"tokenizer.ggml.{stored}_token_id") for key, stored in SPECIALS.items()}
-        names = {key: tokens[index] for key, index in special_ids.items() if index is not None}
+        names = {key: by_id[index] for key, index in special_ids.items() if index is not None}
         if data.get("tokenizer.ggml.add_bos_token", split in WHOLE_WORDS):
             first = names["bos"]
             backend.post_processor = processors.TemplateProcessing([first, "$A"], None, [(first, special_ids["bos"])])
@@ -73,7 +79,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
         raise InputError(f"{path}: the tokenizer is damaged ({reason})") from error
     backend.pre_tokenizer = _cutting(split)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer.from_json(backend.to_str(), chat_template=data.get("tokenizer.chat_template"), **names)
+    return Tokenizer.from_json(backend.to_str(), chat_template=template, **names)
 
 
 def _cutting(split: str) -> pre_tokenizers.PreTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], entries: list[Entry],
     """Write a file atomically; tensors: floats of the shapes in `entries`, in the same order, asked for one by one.
 
     metadata: bool, int (uint32), float (float32), str, or a list of one of them (int: int32). `InputError` for weights
-    that the type cannot hold, and a full disk.
+    and values that their types cannot hold, and a full disk.
     """
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(metadata, entries))
@@ -50,7 +51,10 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], entries: list[Entry],
 def _header(metadata: dict[str, Any], entries: list[Entry]) -> bytes:
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(metadata))]
     for key, value in metadata.items():
-        kind, content = _value(value)
+        try:
+            kind, content = _value(value)
+        except (struct.error, OverflowError):
+            raise InputError(f"{key} is {value}: a GGUF file has 32 bits for it") from None
         parts += [_string(key), struct.pack("<I", kind), content]
     start = 0
     for entry in entries:
@@ -85,8 +89,10 @@ def _write(file: BinaryIO, entry: Entry, tensor: Tensor) -> None:
     if tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name} is {list(tensor.shape)}, announced as {list(entry.shape)}")
     least, most = (float(bound) for bound in tensor.detach().aminmax())
+    if math.isnan(least):
+        raise InputError(f"{entry.name}: some of its weights are no numbers: the model is damaged")
     if kind.name not in ("F32", "BF16") and not (least >= -LARGEST and most <= LARGEST):
-        raise InputError(f"{entry.name}: its weights are not all numbers within float16's: use --dtype float32")
+        raise InputError(f"{entry.name}: its weights are not all within float16's range: use --dtype float32")
     floats = tensor.detach().float().contiguous().numpy().reshape(-1, kind.size)
     step = max(1, CHUNK // kind.size)
     with np.errstate(over="ignore", invalid="ignore"):  # the inverse of a scale that rounds to 0 anyway

@@ -8,6 +8,7 @@ embedding and the head, as DeepSeek-V3 was released.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -39,6 +40,12 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+# what no key of a config goes beyond: tensors of absurd shapes take hours, or more memory than there is
+LARGEST = {
+    "vocab_size": 1 << 24, "max_position_embeddings": 1 << 31, "engram_vocab_size": 1 << 32, "engram_seed": 1 << 64,
+    "engram_max_ngram_size": 1 << 8, "engram_n_heads": 1 << 8,
+}  # fmt: skip
+LARGE = 1 << 18  # of all others
 EXPERT_KEYS = {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"}
 
 
@@ -247,7 +254,8 @@ def check(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> No
 def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> None:
     """Read the model's `tensors`, which `check` has seen, from `source`, one at a time.
 
-    `InputError` for packed weights that are damaged: of another type, or with scales that are no numbers.
+    `InputError` for packed weights that are damaged: of another type, or with scales that are no numbers; and for
+    weights that float16 cannot hold, where that is what is asked for.
     """
     for name, view in _on_disk(tensors, config).items():
         read = source.read(name)
@@ -256,6 +264,8 @@ def fill(tensors: dict[str, Tensor], source: Source, config: ModelConfig) -> Non
         if name.endswith("packed_scales") and not read.isfinite().all():
             raise InputError(f"{source.path}: tensor {name!r} is damaged: its scales are not all numbers")
         view.copy_(read)
+        if view.dtype == torch.float16 and not view.isfinite().all():
+            raise InputError(f"{source.path}: tensor {name!r} is not all within float16's range: use another --dtype")
 
 
 def _on_disk(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -279,17 +289,16 @@ def has_mtp(source: Source, config: ModelConfig) -> bool:
 def read_config(path: Path) -> ModelConfig:
     """A folder's `config.json` (or that file). `InputError` names what is wrong or not supported in it."""
     path = path / "config.json" if path.is_dir() else path
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is not a JSON object")
     try:
-        return config_from(values)
+        return config_from(read_json(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
 def config_from(values: dict[str, Any]) -> ModelConfig:
     """From a config's keys; `InputError` for those that change the arithmetic in a way that the model does not know."""
+    if not isinstance(values, dict):
+        raise InputError("config: this is not a JSON object")
     if values.get("quantization_config"):
         check_method(values["quantization_config"])
     try:
@@ -302,6 +311,9 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
         for field in fields(ModelConfig):
             if field.name in values and not _fits(values[field.name], field.type):
                 raise InputError(f"config: {field.name} must be {field.type}, not {values[field.name]!r}")
+            size = 0 if field.name.endswith("_token_id") else values.get(field.name)
+            if type(size) is int and not 0 <= size <= LARGEST.get(field.name, LARGE):
+                raise InputError(f"config: {field.name} {size} is no possible size")
         config = ModelConfig.from_dict(values)
         if not inverse_frequencies(config)[0].isfinite().all():
             raise InputError(f"config: the rope parameters {config.rope_parameters} give no finite frequencies")
@@ -314,6 +326,8 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
 
 def _fits(value: Any, annotation: str) -> bool:
     """Whether a value from JSON is of a field's type, written like "int | None"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     kinds = {"int": int, "float": (int, float), "bool": bool, "str": str, "list[int]": list, "None": type(None)}
     for name in annotation.split(" | "):
         if isinstance(value, kinds.get(name, object)) and (name == "bool" or not isinstance(value, bool)):

@@ -112,13 +112,16 @@ def rows_read(config: ModelConfig) -> int:
 
 
 def table_rows(config: ModelConfig) -> int:
-    """Rows of Engram's table: every head takes the next prime from engram_vocab_size on."""
+    """Rows of Engram's table: every head takes the next prime from engram_vocab_size on; those of an Engram that a
+    resizing has dropped are left out."""
+    layers = config.engram_hash_layers or config.engram_layer_ids
+    each = (config.engram_max_ngram_size - 1) * config.engram_n_heads
     rows, number = [], max(2, config.engram_vocab_size)
-    while len(rows) < rows_read(config):
+    while len(rows) < each * len(layers):
         if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
             rows.append(number)
         number += 1
-    return sum(rows)
+    return sum(sum(rows[each * place : each * (place + 1)]) for place, layer in enumerate(layers) if layer >= 0)
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

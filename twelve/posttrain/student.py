@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,14 +34,25 @@ def cut(teacher: Transformer, layers: int) -> tuple[Transformer, list[int]]:
 
 def fresh(
     tokenizer: Tokenizer, context: int, *, width: int = 256, layers: int = 4, experts: int = 8,
-    experts_per_token: int = 2, seed: int = 0,
+    experts_per_token: int = 2, seed: int = 0, memory: dict[str, Any] | None = None,
 ) -> Transformer:  # fmt: skip
-    """A V3-shape model with random weights for this tokenizer."""
-    config: ModelConfig = small_v3(tokenizer.vocab_size, width, layers, experts, experts_per_token, context)
+    """A V3-shape model with random weights for this tokenizer; memory: engram_ switches of `small_v3`."""
+    config: ModelConfig = small_v3(
+        tokenizer.vocab_size, width, layers, experts, experts_per_token, context, **memory or {}
+    )
     config.bos_token_id, config.eos_token_id, config.pad_token_id = (
         tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id,
     )  # fmt: skip
-    return Transformer(config).init_weights(seed)
+    model = Transformer(config)
+    if model.memory is not None:
+        model.memory.use_tokenizer(tokenizer)
+    return model.init_weights(seed)
+
+
+def memory_of(config: ModelConfig) -> dict[str, Any]:
+    """The engram_ switches of a model, but for its layers, which another depth places anew; none without a memory."""
+    keys = (key for key in vars(config) if key.startswith("engram_") and not key.endswith(("_layer_ids", "_layers")))
+    return {key: getattr(config, key) for key in keys} if config.engram_layer_ids else {}
 
 
 def make_student(
@@ -48,7 +60,8 @@ def make_student(
     seed: int = 0,
 ) -> str:  # fmt: skip
     """Write a student into `folder`, unless it is there: with a width or a number of experts a fresh one, else one that
-    is cut. Returns what it is, in words."""
+    is cut. It has a memory (Engram) where its teacher has one: the teacher's own, or an empty one of that size. Returns
+    what it is, in words."""
     config = convert.load_config(teacher)
     is_fresh = width is not None or experts is not None
     if is_fresh:
@@ -62,7 +75,8 @@ def make_student(
         return words
     if is_fresh:
         tokenizer = convert.load_tokenizer(teacher)
-        student = fresh(tokenizer, config.max_position_embeddings, layers=layers, seed=seed, **size)
+        context, memory = config.max_position_embeddings, memory_of(config)
+        student = fresh(tokenizer, context, layers=layers, seed=seed, memory=memory, **size)
     else:
         network, tokenizer = convert.load(teacher, device="cpu", dtype=torch.float32)
         student, _ = cut(network, layers)
