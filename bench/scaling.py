@@ -21,6 +21,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -204,12 +205,22 @@ def export(options: argparse.Namespace) -> None:
     def shared(row: dict) -> dict:  # vocabularies have tokens, and so hashes, of their own
         return {key: value for key, value in row["settings"].items() if key not in ("data", "marks")}
 
-    same = [row for row in rows if shared(row) == shared(rows[-1])]
+    same = joined(row for row in rows if shared(row) == shared(rows[-1]))
     told = {key: rows[-1][key] for key in ("processor", "torch")} | shared(rows[-1])
     dropped = {"settings", "processor", "torch", "peak_memory", "planned_memory"}
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in same]
     write_json(options.export, {"made": "bench/scaling.py", **told, "rows": kept})
-    print(f"{len(kept)} of {len(rows)} rows in {options.export}")
+    print(f"{len(kept)} runs, of {len(rows)} rows, in {options.export}")
+
+
+def joined(rows: Iterable[runs.Row]) -> list[runs.Row]:
+    """Runs of the same job as one, with the marks of all and the last one's speed: they took the same steps."""
+    found: dict[tuple, runs.Row] = {}
+    for row in rows:
+        job = tuple(row[key] for key in KEYS)
+        marks = row["marks"] + (found[job]["marks"] if job in found else [])
+        found[job] = row | {"marks": sorted(marks, key=lambda mark: mark["tokens"])}
+    return list(found.values())
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def check(rows: list[dict]) -> None:
     """Root mean square errors, in bits per byte, of the law and of interpolation, run by run."""
     from twelve.plan.law import best_settings, left_out
 
-    rows = best_settings(rows)
+    rows = best_settings(joined(rows))
     law, between = [], []
     for row in rows:
         law += left_out(rows, row)
