@@ -84,6 +84,8 @@ def test_of_learning_rates_and_batches_the_best_counts():
     ]} for row in ROWS for rate, worse in ((1e-2, 0.3), (2e-3, 0.0))]  # fmt: skip
     assert len(law.best_settings(rows)) == len(ROWS)
     assert choose(asked(), rows)[0].learning_rate == 2e-3
+    longer = [{**row, "marks": row["marks"][-1:]} if row["rate"] == 1e-2 else row for row in rows]  # fewer marks, later
+    assert {row["rate"] for row in law.best_settings(longer)} == {2e-3}
 
 
 @pytest.mark.parametrize(

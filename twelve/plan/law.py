@@ -11,6 +11,7 @@ its kind reach.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,15 +108,22 @@ def mean_bits(mark: dict[str, Any]) -> float:
 
 
 def best_settings(rows: Sequence[Row]) -> list[Row]:
-    """Of runs that differ in learning rate or batch only, the one that is lowest at the last mark that all have."""
+    """Of runs that differ in learning rate or batch only, the one that is lowest at the most tokens that all read."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in ("width", "layers", "experts", "vocabulary")), []).append(row)
     best = []
     for same in groups.values():
-        last = min(len(row["marks"]) for row in same) - 1
-        best.append(min(same, key=lambda row, last=last: mean_bits(row["marks"][last])))
+        tokens = min(max(mark["tokens"] for mark in row["marks"]) for row in same)
+        best.append(min(same, key=lambda row, tokens=tokens: read(row, tokens)))
     return best
+
+
+def read(row: Row, tokens: float) -> float:
+    """Bits per byte of a run after so many tokens, on straight lines over their logarithm between its marks."""
+    marks = sorted(row["marks"], key=lambda mark: mark["tokens"])
+    known = [math.log(mark["tokens"]) for mark in marks]
+    return float(np.interp(math.log(tokens), known, list(map(mean_bits, marks))))
 
 
 def _fit(every: np.ndarray) -> Law:
