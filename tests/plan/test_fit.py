@@ -28,6 +28,20 @@ def test_a_known_law_comes_out_again():
     assert 0.01 < noisy.error < 0.04
 
 
+def test_what_no_law_says_counts_where_it_was_seen():
+    better = [  # than the law of the others
+        {**row, "marks": [{**mark, "bits": {"ko": law.mean_bits(mark) - 0.04}} for mark in row["marks"]]}
+        if row["width"] == 256 else row for row in ROWS
+    ]  # fmt: skip
+    found, points = law.fit_law(better), law.points(row for row in better if row["width"] == 256)
+    by_trend, by_all = (
+        np.array([said(*point[:3]) - point[3] for point in points]) for said in (found.trend, found.bits)
+    )
+    assert np.sqrt(np.mean(by_all**2)) < 0.5 * np.sqrt(np.mean(by_trend**2))
+    far = 1e9, 1e9, 1e10
+    assert found.bits(*far) == pytest.approx(found.trend(*far), abs=1e-6)
+
+
 def test_few_runs_are_enough_to_go_on():
     for rows in (ROWS[:1], ROWS[:2], made_up(widths=(128, 256), experts=(8,), vocabularies=(8192,), seconds=(30,))):
         found = law.fit_law(rows)

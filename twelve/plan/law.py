@@ -2,8 +2,9 @@
 
 Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size without embedding, head and
 memory, D the tokens read. In trainings this short it is steps that count, not bytes: runs with 4,096 to 16,384 entries
-were level at equal tokens (docs/lab.md). Interpolating between runs would need no law, and cannot say anything beside
-them; `bench/scaling.py --check` compares the two on runs that are left out.
+were level at equal tokens (docs/lab.md). What the law says wrong of a run, it says wrong of its neighbours, too: they
+are corrected by it (kriging), which fades where no run is near. `bench/scaling.py --check` compares law and plain
+interpolation on runs that are left out.
 
 How fast a shape trains follows from its arithmetic and from the share of the processor's measured speed that runs of
 its kind reach.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N,
 PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
 LEAST_STEPS = 200  # of a mark: in fewer, warm-up and decay are most of a training
 UNKNOWN = 0.05  # bits per byte of error, where there are too few runs to tell
+REACH = np.log([3.0, 4.0])  # within such factors of size and of tokens a law is wrong alike
+WRONG, NOISE = 0.03, 0.01  # bits per byte by which a law is wrong of a shape, and a run of itself
 
 Row = dict[str, Any]  # of scaling.json: one run, with its marks
 
@@ -59,12 +62,29 @@ class Law:
     unit: tuple[float, float]  # of N and D, so that `size` and `data` are bits
     error: float = 0.0
     known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; tokens from, to
+    marks: np.ndarray = field(default_factory=lambda: np.empty((0, 2)), compare=False, repr=False)  # as `_place`
+    corrections: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False, repr=False)  # of each mark
 
     def bits(self, active: float, total: float, tokens: float) -> float:
         """active, total: parameters without embedding, head and table."""
-        n = active ** (1 - self.sparse) * total**self.sparse / self.unit[0]
-        d = tokens / self.unit[1]
+        near = _nearness(self._place(active, total, tokens)[None], self.marks)
+        return self.trend(active, total, tokens) + float((near @ self.corrections).item())
+
+    def trend(self, active: float, total: float, tokens: float) -> float:
+        """The law itself, which no single run bends."""
+        n, d = np.exp(self._place(active, total, tokens) * REACH) / self.unit
         return float(self.floor + self.size * n**-self.size_power + self.data * d**-self.data_power)
+
+    def corrected(self, every: np.ndarray) -> Law:
+        """With what the law says wrong at these `points`."""
+        marks = np.array([self._place(*point[:3]) for point in every])
+        wrong = np.array([point[3] - self.trend(*point[:3]) for point in every])
+        spread = _nearness(marks, marks) + (NOISE / WRONG) ** 2 * np.eye(len(marks))
+        return replace(self, marks=marks, corrections=np.linalg.solve(spread, wrong))
+
+    def _place(self, active: float, total: float, tokens: float) -> np.ndarray:
+        """Logarithms of N and D, in units of REACH."""
+        return np.log([active ** (1 - self.sparse) * total**self.sparse, tokens]) / REACH
 
     def uncertainty(self, active: float, tokens: float) -> float:
         """Standard error of `bits`; larger outside of what was measured, by half for every factor of two."""
@@ -126,6 +146,11 @@ def read(row: Row, tokens: float) -> float:
     return float(np.interp(math.log(tokens), known, list(map(mean_bits, marks))))
 
 
+def _nearness(places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[a, 2] and [b, 2] -> [a, b], from 0 to 1: how far what is seen at one tells of the other."""
+    return np.exp(-0.5 * ((places[:, None] - others) ** 2).sum(-1))
+
+
 def _fit(every: np.ndarray) -> Law:
     """Least squares: the exponents by trying all, the rest, which is linear and not below zero, by solving."""
     active, total, tokens, bits = every.T
@@ -152,7 +177,7 @@ def _fit(every: np.ndarray) -> Law:
                 best = Law(floor, size, float(a[at]), data, float(b[at]), sparse, unit)
             if at == free:  # with fewer terms it cannot be better
                 break
-    return best
+    return best.corrected(every)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
