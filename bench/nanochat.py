@@ -4,13 +4,13 @@
                              --held-out ko=ko-val.jsonl.gz en=en-val.jsonl.gz
                              [--minutes 10] [--seeds 3 4 5] [--ours-minutes 5 15 20] [--out runs/nanochat]
 
-The texts are tokenised once, without every SLICE-th document. Each side's settings are chosen by the bits per byte of
-that slice of train, in runs of `--choose-minutes` with another seed: nanochat's batch, then its depth, then a factor
-on its learning rates (and with `--compile 1 0` whether its model is compiled; its optimiser always is); ours among the
-options of `--ours`, one string each. Then the sides take turns, a process each on all `--threads`, and the held-out
-texts are scored, which no choice saw. Every run leaves its row in rows.jsonl: the same command goes on where it
-stopped. Time begins with the process, so imports and compilation count, and every run compiles from an empty cache;
-tokenising and scoring do not count.
+The texts are tokenised once, without one document in SLICE, drawn by the hash of its text: a copy goes with it. Each
+side's settings are chosen by the bits per byte of that slice of train, in runs of `--choose-minutes` with another seed:
+nanochat's batch, then its depth, then a factor on its learning rates (and with `--compile 1 0` whether its model is
+compiled; its optimiser always is); ours among the options of `--ours`, one string each. Then the sides take turns, a
+process each on all `--threads`, and the held-out texts are scored, which no choice saw. Every run leaves its row in
+rows.jsonl: the same command goes on where it stopped. Time begins with the process, so imports and compilation count,
+and every run compiles from an empty cache; tokenising and scoring do not count.
 
 nanochat is its own GPT and optimiser (Muon and AdamW), in float32, as its script for CPUs has it: width 64 a layer,
 heads of 64, rows of 512, full attention. The rates, the weight decay and the schedules in steps follow its base_train,
@@ -42,6 +42,7 @@ from itertools import count
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
+from zlib import crc32
 
 import runs
 
@@ -323,15 +324,15 @@ def prepare(options: argparse.Namespace) -> str:
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokens" / META).exists():
-        slices: dict[str, list[str]] = {}
+        slices: dict[str, dict[str, None]] = {}  # every line once
         with open(out / "rest.jsonl", "w", encoding="utf-8") as rest:
             for name, path in options.text:
-                for number, text in enumerate(whole(read_documents([path])), 1):
+                for text in whole(read_documents([path])):
                     line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-                    if number % SLICE:
+                    if crc32(line.encode()) % SLICE:
                         rest.write(line)
                     else:
-                        slices.setdefault(name, []).append(line)
+                        slices.setdefault(name, {})[line] = None
         for name, lines in slices.items():
             (out / f"slice-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         tokenize([out / "rest.jsonl"], out / "tokens")

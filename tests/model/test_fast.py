@@ -78,6 +78,26 @@ def test_sorted_experts():
     )  # fmt: skip
 
 
+def test_mixed_precision_reaches_the_products_that_autocast_does_not_know():
+    """Both give what they give of inputs in bfloat16, and gradients in float32."""
+    rounded, exact = torch.bfloat16, torch.float32
+    x, gate_up, down = (tensor(*shape).detach().float() for shape in ((50, 16), (8, 32, 16), (8, 16, 16)))
+    chosen = torch.rand(50, 8, generator=torch.Generator().manual_seed(3)).topk(3).indices
+    gates, targets = torch.rand(50, 3, generator=torch.Generator().manual_seed(4)), torch.arange(50) % 32
+    for function in (
+        lambda x: sorted_experts(x, gate_up, down, chosen, gates),
+        lambda x: linear_cross_entropy(x, gate_up[0], targets),
+        lambda x: sampled_cross_entropy(x, gate_up[0], targets[:10].repeat(5), 5, torch.Generator().manual_seed(5)),
+    ):
+        x.requires_grad_()
+        wanted = function(x.to(rounded))
+        with torch.autocast("cpu", dtype=rounded):
+            found = function(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert found.dtype == exact and not torch.equal(found, function(x))
+        assert torch.autograd.grad(found.sum(), x)[0].dtype == exact
+
+
 @pytest.mark.parametrize("rows", [1, 30, 1000])
 def test_linear_cross_entropy(rows):
     hidden, weight = tensor(rows, 16), tensor(97, 16, seed=1)

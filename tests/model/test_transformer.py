@@ -138,6 +138,8 @@ def test_losses_equal_cross_entropy_of_the_logits():
     torch.testing.assert_close(losses.total, total)
     assert len(losses.loads) == len(model.moe_layers()) == 4
     assert all(load.sum() == ids.numel() * 3 for load in losses.loads)  # no token dropped
+    other = model.losses(ids, targets, mtp_loss=lambda states, head, targets: states.sum() * 0 + len(head))
+    assert other.main == losses.main and [loss.item() for loss in other.mtp] == [config.vocab_size] * 2
 
 
 def test_mtp_targets_stay_in_row_and_document():

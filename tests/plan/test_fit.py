@@ -92,6 +92,15 @@ def test_what_is_given_is_kept():
     assert config.num_nextn_predict_layers == 1 and config.hc_mult == 4 and choice.memory["streams"] > 0
 
 
+def test_a_model_without_a_memory_is_expected_to_know_less():
+    plain = choose(asked(switches={"engram_vocab_size": 0}), ROWS)[0]
+    with_it = next(choice for choice in choose(asked(), ROWS) if choice.config.engram_layer_ids
+                   and choice.config.hidden_size == plain.config.hidden_size and choice.experts == plain.experts
+                   and choice.config.vocab_size == plain.config.vocab_size)  # fmt: skip
+    assert not plain.config.engram_layer_ids and plain.tokens > with_it.tokens
+    assert 0.05 < plain.bits - with_it.bits < 0.12
+
+
 def test_of_learning_rates_and_batches_the_best_counts():
     rows = [{**row, "rate": rate, "marks": [
         {**mark, "bits": {"ko": mark["bits"]["ko"] + worse}} for mark in row["marks"]

@@ -148,7 +148,7 @@ def _losses(model, batch: list[Window]) -> list[float]:
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none")
     if not torch.isfinite(losses).all():
         raise InputError(NOT_FINITE)
-    return losses.view(len(batch), -1).double().sum(1).tolist()
+    return losses.view(len(batch), -1).cpu().double().sum(1).tolist()
 
 
 def _texts(paths: Sequence[str | Path], limit: int | None) -> list[str]:

@@ -164,7 +164,7 @@ def _judge(model, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nats.append(-F.cross_entropy(logits, wanted, reduction="none"))
         right.append(logits.argmax(-1) == wanted)
-    nats = torch.cat(nats).double().cpu()
+    nats = torch.cat(nats).cpu().double()
     if not torch.isfinite(nats).all():
         raise InputError(NOT_FINITE)
     return nats, torch.cat(right).cpu()

@@ -129,7 +129,11 @@ def sorted_experts(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, gat
     """As `plain_experts`: sorted by expert, one grouped product a projection, no wait for the host; for CUDA."""
     k = chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)
-    ends = torch.bincount(chosen.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    counts = chosen.new_zeros(gate_up.shape[0])  # bincount would wait for the device
+    ends = counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten()).cumsum(0).to(torch.int32)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # which knows nothing of grouped_mm
+        x = x.to(torch.get_autocast_dtype(kind))
     rows = x[order // k]
     gate, up = F.grouped_mm(rows, gate_up.to(rows.dtype).transpose(1, 2), offs=ends).chunk(2, dim=-1)
     out = F.grouped_mm(F.silu(gate) * up, down.to(rows.dtype).transpose(1, 2), offs=ends)

@@ -88,7 +88,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     hidden [N, D], weight [V, D], targets [N] int64, negative where there is no target. Returns a float32 scalar, zero
     when nothing has a target. Probabilities below 1.2e-38 (87 nats) count as that.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, None, targets, chunk)
+    return _LinearCrossEntropy.apply(_for_products(hidden), weight, None, targets, chunk)
 
 
 def sampled_cross_entropy(
@@ -112,7 +112,13 @@ def sampled_cross_entropy(
     place = torch.full((len(weight),), -1, device=weight.device)
     place[entries] = torch.arange(len(entries), device=weight.device)
     targets = torch.where(targets >= 0, place[targets.clamp(min=0)], -1)
-    return _LinearCrossEntropy.apply(hidden, weight.index_select(0, entries), bias, targets, chunk)
+    return _LinearCrossEntropy.apply(_for_products(hidden), weight.index_select(0, entries), bias, targets, chunk)
+
+
+def _for_products(hidden: Tensor) -> Tensor:
+    """In the type of autocast, which does not reach all products of a loss that writes its own backward."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

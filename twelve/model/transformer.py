@@ -243,11 +243,12 @@ class Transformer(nn.Module):
     def losses(
         self, ids: Tensor, targets: Tensor, documents: Tensor | None = None, positions: Tensor | None = None,
         mtp_weight: float = 0.3, balance_weight: float = 1e-4, main_loss: MainLoss = linear_cross_entropy,
+        mtp_loss: MainLoss = linear_cross_entropy,
     ) -> Losses:  # fmt: skip
         """Training losses of ids [B, T] against next tokens [B, T], negative where there is none.
 
         total = main + mtp_weight * mean over MTP depths + balance_weight * mean over MoE layers (V3 equations 18, 25).
-        main = main_loss(states [B * T, D], head [V, D], targets [B * T]), which distillation replaces.
+        main = main_loss(states [B * T, D], head [V, D], targets [B * T]), which distillation replaces; mtp_loss alike.
         """
         at = self.positions(ids, 0, positions, documents)
         states, routings = self.hidden(ids, at)
@@ -258,7 +259,7 @@ class Transformer(nn.Module):
             following = torch.cat((following[:, 1:], following[:, -1:]), dim=1)  # the last has no target
             targets = shift_targets(targets, documents)
             states, routing = module(states, self.embed_tokens(following), at)
-            losses.mtp.append(linear_cross_entropy(states.flatten(0, 1), self.head_weight, targets.flatten()))
+            losses.mtp.append(mtp_loss(states.flatten(0, 1), self.head_weight, targets.flatten()))
             if routing is not None:
                 routings.append(routing)
         if losses.mtp:

@@ -186,7 +186,8 @@ def _fit(every: np.ndarray) -> Law:
 def work(config: ModelConfig, context: int, batch: int) -> float:
     """Operations a token: the model's, but of the head only what is in the loss, and a share of the optimiser's."""
     idle = config.vocab_size - cost.entries(config.vocab_size, batch * context)
-    own = cost.causal_flops(config, context) - 6 * config.hidden_size * idle
+    heads = 1 + config.num_nextn_predict_layers
+    own = cost.causal_flops(config, context) - 6 * config.hidden_size * idle * heads
     return own + cost.optimizer_flops(config) / (batch * context)
 
 

@@ -207,6 +207,10 @@ class Supervised(Trainer):
 
     def main_loss(self, batch: Any, rows: slice) -> MainLoss:
         """What these rows of the batch are judged by."""
+        return self.token_loss(rows)
+
+    def token_loss(self, rows: slice) -> MainLoss:
+        """Cross entropy, on which MTP's predictions are judged, too: over what the plan draws of the vocabulary."""
         if not self.plan.drawn:
             return linear_cross_entropy
         seed = crc32(f"{self.plan.seed} {self.step} {rows.start}".encode())  # torch takes 32 bits
@@ -233,7 +237,7 @@ class Supervised(Trainer):
                 losses = self.model.losses(
                     ids, targets, documents if several else None, positions if several else None,
                     mtp_weight=plan.mtp_weight[decaying], balance_weight=plan.balance_weight,
-                    main_loss=self.main_loss(batch, rows),
+                    main_loss=self.main_loss(batch, rows), mtp_loss=self.token_loss(rows),
                 )  # fmt: skip
             share = int((targets >= 0).sum()) / counted if parts > 1 else 1.0
             (losses.total * share).backward()

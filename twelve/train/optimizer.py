@@ -35,8 +35,8 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Names of the parameters for Muon, and the shape [..., n, m] of the matrices that each one holds.
 
     Projections that stack something are taken apart, since orthogonalising the stack would tie its parts together:
-    experts, gate from up, the heads of MLA (GLM-5, arXiv 2602.15763), and the keys of Engram's streams. Embedding,
-    head, router and vectors are AdamW's.
+    experts, gate from up, the heads of MLA (as in GLM-5, arXiv 2602.15763; a head's keys and values stay together),
+    and the keys of Engram's streams. Embedding, head, router and vectors are AdamW's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():

@@ -36,7 +36,7 @@ class Plan:
     drawn: int = 0  # entries of the vocabulary in a step's loss besides its targets; 0: all there are
     mtp_weight: tuple[float, float] = (0.3, 0.1)  # before and during the decay (V3 section 4.2)
     balance_weight: float = 1e-4
-    bias_update_speed: float = 0.005  # V3's 0.001 is for 10,000s of steps; zero during the decay, as V3 ends
+    bias_update_speed: float = 0.005  # V3's 0.001 is for 10,000s of steps; zero during the decay (V3: at the end)
     # [at_step, steps]: from at_step on the run is to end after `steps`. With --minutes, later entries correct the first
     # for the speed that was really seen; a resume replays them.
     revisions: list[tuple[int, int]] = field(default_factory=list)
