@@ -197,7 +197,8 @@ def jobs(options: argparse.Namespace) -> list[runs.Job]:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The rows that can be compared with the last one, without what they all share."""
+    """The rows that can be compared with the last one, without what they all share; of the texts those in --held-out,
+    if any are named."""
     rows = runs.read_rows(options.out)
     if not rows:
         raise SystemExit(f"{options.out} holds no rows")
@@ -207,8 +208,12 @@ def export(options: argparse.Namespace) -> None:
 
     same = joined(row for row in rows if shared(row) == shared(rows[-1]))
     told = {key: rows[-1][key] for key in ("processor", "torch")} | shared(rows[-1])
+    names = dict(options.held_out) or told["held_out"]
+    told["held_out"] = {name: file for name, file in told["held_out"].items() if name in names}
     dropped = {"settings", "processor", "torch", "peak_memory", "planned_memory"}
     kept = [{key: value for key, value in row.items() if key not in dropped} for row in same]
+    for mark in (mark for row in kept for mark in row["marks"]):
+        mark["bits"] = {name: bits for name, bits in mark["bits"].items() if name in names}
     write_json(options.export, {"made": "bench/scaling.py", **told, "rows": kept})
     print(f"{len(kept)} runs, of {len(rows)} rows, in {options.export}")
 

@@ -99,7 +99,8 @@ def fit_law(rows: Sequence[Row]) -> Law:
     every = points(rows)
     errors = [UNKNOWN]
     if len(rows) >= 3:
-        errors = [error for row in rows for error in left_out(rows, row)]
+        lasting = [row for row in rows if any(_lasts(row, mark) for mark in row["marks"])] or rows
+        errors = [error for row in lasting for error in left_out(rows, row)]
     active, tokens = every[:, 0], every[:, 2]
     known = tuple(map(float, (active.min(), active.max(), tokens.min(), tokens.max())))
     return replace(_fit(every), error=float(np.sqrt(np.mean(np.square(errors)))), known=known)
@@ -119,8 +120,12 @@ def points(rows: Iterable[Row]) -> np.ndarray:
         outside = 2 * row["vocabulary"] * row["width"]
         for mark in row["marks"]:
             point = (row["active"] - outside, row["total"] - outside, mark["tokens"], mean_bits(mark))
-            (short if mark["tokens"] < LEAST_STEPS * row["batch"] * row["context"] else found).append(point)
+            (found if _lasts(row, mark) else short).append(point)
     return np.array(found or short)
+
+
+def _lasts(row: Row, mark: dict[str, Any]) -> bool:
+    return mark["tokens"] >= LEAST_STEPS * row["batch"] * row["context"]
 
 
 def mean_bits(mark: dict[str, Any]) -> float:
