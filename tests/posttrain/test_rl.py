@@ -18,6 +18,7 @@ from twelve.errors import InputError
 from twelve.posttrain import health, memory, reinforcement
 from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rl import cells_of, rl
+from twelve.train import loop
 from twelve.train.loop import Interrupted
 
 
@@ -143,9 +144,38 @@ def test_routing_is_kept_for_every_further_update(base, task, tmp_path, monkeypa
 def test_a_collapse_ends_the_run_with_a_reason_and_the_state_before(base, task, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcement.health, "collapse", lambda rows: "it broke" if len(rows) > 4 else None)
     result = rl(base, tmp_path / "run", [task], steps=50, **SMALL)
-    assert result["steps"] == 5 and "it broke" in result["ended"]
+    assert result["steps"] == 5 and "it broke; there is no state before to keep" in result["ended"]
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert health.collapse([{}]) is None
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_a_collapse_keeps_is_not_what_collapsed(base, task, tmp_path, monkeypatch, links):
+    """Every step is saved, and is the best so far: that of step 4 is kept."""
+    states, save = {}, Reinforcement.save
+
+    def saving(self, log):
+        states[self.step] = self.model.lm_head.weight.detach().clone()
+        save(self, log)
+
+    monkeypatch.setattr(Reinforcement, "save", saving)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 1e9)
+    monkeypatch.setattr(reinforcement, "_mean", lambda values: len(list(values)))
+    monkeypatch.setattr(reinforcement.health, "collapse", lambda rows: "it broke" if len(rows) > 4 else None)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    result = rl(base, tmp_path / "run", [task], steps=50, learning_rate=3e-3, **SMALL)
+    assert "kept is the best state before" in result["ended"] and sorted(states) == [1, 2, 3, 4, 5]
+    kept = twelve.load(tmp_path / "run")[0].lm_head.weight
+    assert torch.equal(kept, states[4]) and not torch.equal(kept, states[5])
+
+
+def test_rows_that_all_fall_to_one_side_are_told(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "x?", "answer": 1}))
+    with pytest.raises(InputError, match="rows.jsonl has no problems for (train|test), level 1, en: of few rows"):
+        rl(base, tmp_path / "run", [str(path)], language=["en"], steps=1, **SMALL)
 
 
 def test_nothing_to_compare_ends_it_too(base, tmp_path, monkeypatch):

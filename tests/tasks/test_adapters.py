@@ -254,8 +254,9 @@ def test_rows_of_the_known_shapes(write):
 
 
 def test_rows_are_split_by_content_or_as_told(write):
-    name = write(rows(*({"question": f"What is {n}?", "answer": n} for n in range(500))), "rows.jsonl")
-    every = {f"What is {n}?" for n in range(500)}
+    odd = "\u2028"  # an end of line to str.splitlines, not to JSON
+    name = write(rows(*({"question": f"What is{odd}{n}?", "answer": n} for n in range(500))), "rows.jsonl")
+    every = {f"What is{odd}{n}?" for n in range(500)}
     test = [problem.question for problem in tasks.problems(name, "test")]
     train = {problem.question for problem in islice(tasks.problems(name, "train"), 2000)}
     assert 20 < len(test) < 90

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -239,7 +240,7 @@ class Reinforcement(Trainer):
         ]  # fmt: skip
 
     def outcome(self) -> dict[str, Any]:
-        if self._ended and self.healthy.exists():
+        if self.memory.get("collapsed") and self.healthy.exists():
             load_checkpoint(self.healthy, self.model, self.optimizer)
             self.changed()
         after, before = self.measure(), self.memory["before"]
@@ -255,7 +256,10 @@ class Reinforcement(Trainer):
         super().save(log)
         if self.memory.get("is_best"):  # a link costs nothing, and the next checkpoint is another file
             self.healthy.unlink(missing_ok=True)
-            os.link(self.checkpoint, self.healthy)
+            try:
+                os.link(self.checkpoint, self.healthy)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.checkpoint, self.healthy)
 
     def _look_after(self, figures: dict[str, float]) -> None:
         """Remember what tells a healthy run from a collapsing one; end it with a reason."""
@@ -268,7 +272,9 @@ class Reinforcement(Trainer):
         self.memory["is_best"] = recent >= self.memory.get("best", -math.inf)
         self.memory["best"] = max(recent, self.memory.get("best", -math.inf))
         if reason := health.collapse(rows):
-            self._ended = f"the model collapsed: {reason}; kept is the best state before"
+            self.memory |= {"collapsed": True, "is_best": False}
+            kept = "kept is the best state before" if self.healthy.exists() else "there is no state before to keep"
+            self._ended = f"the model collapsed: {reason}; {kept}"
         elif self.memory["idle"] >= IDLE:
             self._ended = (
                 f"no group of answers differed in {IDLE} steps (accuracy {figures['accuracy']:.0%}): choose "

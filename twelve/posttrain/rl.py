@@ -119,7 +119,12 @@ def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequenc
     for name in task:
         tasks.check(name)
     for cell in cells:
-        next(tasks.problems(cell.task, "train", 0, [cell.level], [cell.language]))
+        for split in ("train", "test"):
+            if next(tasks.problems(cell.task, split, 0, [cell.level], [cell.language]), None) is None:
+                raise InputError(
+                    f"{cell.task} has no problems for {split}, level {cell.level}, {cell.language}: of few rows all "
+                    "may fall to one side (one in ten is for measuring); give it more, or another level or language"
+                )
     return cells
 
 

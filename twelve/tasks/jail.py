@@ -28,16 +28,19 @@ FILE_BYTES, FOLDER_BYTES, OPEN_FILES = 8 << 20, 32 << 20, 32
 # mode and owner of files, mounts, limits.
 ALLOWED = {
     "x86_64": (0xC000003E, (
-        *range(16), 17, 18, 19, 20, 21, 23, 24, 25, 28, 32, 35, 39, 60, 63, 72, 74, 77, 79, 80, 82, 83, 84,
+        *range(16), 17, 18, 19, 20, 21, 23, 24, 25, 28, 32, 35, 39, 60, 63, 74, 77, 79, 80, 82, 83, 84,
         87, 89, 95, 96, 97, 98, 99, 100, 102, 104, 107, 108, 110, 131, 186, 201, 202, 217, 228, 229, 230, 231, 257, 258,
         262, 263, 264, 267, 269, 270, 271, 273, 292, 293, 316, 318, 332, 334, 439,
     )),
     "aarch64": (0xC00000B7, (
-        17, 23, 24, 25, 34, 35, 38, 46, 48, 49, 56, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 72, 73, 78, 79, 80, 82, 93,
+        17, 23, 24, 34, 35, 38, 46, 48, 49, 56, 57, 59, 61, 62, 63, 64, 65, 66, 67, 68, 72, 73, 78, 79, 80, 82, 93,
         94, 98, 99, 101, 113, 114, 115, 124, 132, 134, 135, 139, 153, 160, 163, 165, 166, 169, 172, 173, 174, 175, 176,
         177, 178, 179, 214, 215, 216, 222, 226, 233, 276, 278, 291, 293, 439,
     )),
 }  # fmt: skip
+FCNTL = {"x86_64": 72, "aarch64": 25}
+# of it the copies and flags of descriptors; F_SETOWN with O_ASYNC would have the kernel send any signal to any process
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)
 READ, EVERYTHING = 0b1100, (1 << 15) - 1  # Landlock: of a file and of a folder; all rights up to its version 3
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1}  # of earlier versions
 SET_NO_NEW_PRIVILEGES, SET_SECCOMP, SET_DEATH_SIGNAL, SET_DUMPABLE = 38, 22, 1, 4
@@ -121,10 +124,14 @@ def _restrict_calls(libc: ctypes.CDLL) -> None:
     if platform.machine() not in ALLOWED:
         return
     machine, allowed = ALLOWED[platform.machine()]
+    fcntl, commands = FCNTL[platform.machine()], FCNTL_COMMANDS
     load, jump_if_equal, give = 0x20, 0x15, 0x06
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
     program = [(load, 0, 0, 4), (jump_if_equal, 1, 0, machine), (give, 0, 0, kill), (load, 0, 0, 0)]
-    program += [(jump_if_equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+    last = len(program) + len(allowed) + 2 + len(commands) + 1  # where `allow` stands
+    program += [(jump_if_equal, last - at - 1, 0, number) for at, number in enumerate(allowed, len(program))]
+    program += [(jump_if_equal, 0, 1 + len(commands), fcntl), (load, 0, 0, 24)]  # the second argument's lower half
+    program += [(jump_if_equal, last - at - 1, 0, number) for at, number in enumerate(commands, len(program))]
     program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
     libc.prctl(SET_SECCOMP, 2, struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)), 0, 0)

@@ -119,7 +119,7 @@ def _end_group(group: int) -> None:
 # --- trying to break out ----------------------------------------------------------------------------------------------
 
 BURGLAR = """
-import os, socket
+import fcntl, os, socket
 
 def worked(action, *arguments):
     try:
@@ -143,6 +143,7 @@ def remove(path): return worked(os.unlink, path)
 def chmod(path): return worked(os.chmod, path, 0o777)
 def link(path): return worked(os.symlink, "x", path)
 def kill(process): return worked(os.kill, process, 0)
+def own_signals(process): return worked(fcntl.fcntl, 0, fcntl.F_SETOWN, process)
 def fork(): return worked(lambda: os.fork() or os._exit(0))
 def run(): return worked(os.execv, "/bin/true", ["true"])
 def own(): open("own", "w").write("x"); return open("own").read()
@@ -168,7 +169,9 @@ def _break_out() -> list[str]:
                 f"truncate({path!r})", f"write({path!r})", f"create({new!r})", f"chmod({path!r})", f"link({new!r})",
                 f"remove({path!r})",
             ],
-            "could signal or start processes": [f"kill({os.getpid()})", "fork()", "run()"],
+            "could signal or start processes": [
+                f"kill({os.getpid()})", f"own_signals({os.getpid()})", "fork()", "run()",
+            ],
         }  # fmt: skip
         faults = []
         for fault, calls in tries.items():
