@@ -84,6 +84,27 @@ def test_logits_equal_the_models_own(name):
         np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["v3", "llama"])
+def test_gates_that_e_to_the_x_cannot_hold_are_closed(name):
+    """Below -88.7 its inverse is beyond float32."""
+    model, gates = model_of(name), []
+    with torch.no_grad():
+        for layer in model.layers:
+            for part in layer.mlp.modules():
+                if hasattr(part, "gate_proj"):
+                    part.gate_proj.weight *= 60
+                    part.gate_proj.register_forward_hook(lambda module, x, gate: gates.append(gate))
+                elif hasattr(part, "gate_up_proj"):
+                    part.gate_up_proj[:, : part.gate_up_proj.shape[1] // 2] *= 60
+    [text] = sequences(model.config.vocab_size, (150,))
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(text)[None])[0].numpy()
+    gates = torch.cat([gate.flatten() for gate in gates])
+    assert ((gates < -88) & (gates > -180)).float().mean() > 0.05
+    [found] = run(runner_of(model, model.config.vocab_size), [text], 50, model.config.vocab_size)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_a_row_is_the_same_to_the_last_bit_in_any_company(name):
     model = model_of(name)

@@ -108,8 +108,9 @@ INLINE float largest(Vec v) {
     return v[0] > v[1] ? v[0] : v[1];
 }
 
-// e^x to about 2e-7, for x up to 88; 0 below -87.
+// e^x to about 2e-7; e^88 above 88, and 0 below -87.
 INLINE Vec exponential(Vec x) {
+    x = pick(x > 88.0f, splat(88.0f), x);  // beyond, the exponent runs into the sign
     const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     Vec t = x * 1.44269504f + shift, n = t - shift;
     Vec r = x - n * 0.693359375f;
