@@ -419,6 +419,7 @@ def test_damaged_files_are_told_in_a_line(tmp_path):
         (good + b"\0", "something was added"), (good.replace(b'"I8"', b'"U8"', 1), "damaged"),
         (len(text).to_bytes(8, "little") + text, "damaged"), (good.replace(b'"rows"', b'"rose"', 1), "no tensor"),
         (good.replace(b'{"identity"', b'{"identify"', 1), "is no table"), (b"\2" + bytes(7) + b"[]", "damaged"),
+        (good.replace(b'"F32"', b'"I32"', 1), "scales .* in I32"),
     ):  # fmt: skip
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(InputError, match=told) as caught:

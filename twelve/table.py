@@ -99,8 +99,11 @@ class Table:
         if dtype is None:
             raise InputError(f"{path}: rows in {code} are not supported, only {', '.join(CODES.values())}")
         scales = file.rows("scales") if dtype == "int8" else None
-        if scales is not None and scales.count != rows.count:
-            raise InputError(f"{path} has {rows.count:,} rows but {scales.count:,} scales: copy it again")
+        if scales is not None and (scales.count, scales.width, file.code("scales")) != (rows.count, 1, "F32"):
+            raise InputError(
+                f"{path} has {rows.count:,} rows, but scales of {scales.count:,} x {scales.width} in "
+                f"{file.code('scales')}: copy it again"
+            )
         ids = file.rows("compressed_ids")
         table = Table(rows, scales, dtype, identity, ids.take(np.arange(ids.count))[:, 0])
         table._file, table.path, table.trainable = file, path, writable

@@ -83,7 +83,8 @@ class HashRunner:
 
 
 def hash_engine(pages: int, context: int = 256, mtp: bool = False, tiers=None, **options) -> Engine:
-    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context), mtp=[None] if mtp else [])
+    config = SimpleNamespace(max_position_embeddings=context, vocab_size=1 << 20)
+    model = SimpleNamespace(config=config, mtp=[None] if mtp else [])
     model.eval = lambda: model
     tokenizer = SimpleNamespace(
         vocab_size=VOCABULARY, stop_ids=frozenset(), decode=lambda ids: "x", decode_bytes=lambda ids: b"x" * len(ids)

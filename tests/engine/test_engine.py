@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from twelve.engine import ContextLengthError, Engine, Request, sub_seed
+from twelve.engine.runner import PAGE
 from twelve.errors import InputError
 
 PROMPT = "배 열두 척이 새벽에"
@@ -94,6 +95,22 @@ def test_log_probabilities_are_those_of_the_model(engine):
     expected = logits.log_softmax(-1).gather(1, torch.tensor(done.token_ids)[:, None])[:, 0]
     assert done.logprobs == pytest.approx(expected.tolist(), abs=1e-9)
     assert engine.generate([ask(engine, seed=1)])[0].logprobs == []
+
+
+def test_without_a_length_an_answer_ends_where_the_pages_do(engine):
+    small = Engine(engine.model, engine.tokenizer, kv_memory=engine._page_bytes)
+    assert small.context > PAGE
+    done = small.generate([ask(small, max_tokens=None, stop_ids=frozenset())])[0]
+    assert done.prompt_tokens + done.completion_tokens == PAGE and done.finish_reason == "length"
+    with pytest.raises(InputError, match="give it more, or ask for fewer tokens"):
+        small.generate([ask(small, max_tokens=PAGE)])
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_that_are_none_are_refused(engine, token):
+    for run in (lambda: engine.generate([ask(engine, prompt=[5, token])]), lambda: engine.score([[5, token]])):
+        with pytest.raises(InputError, match=f"there is no token {token}: the model knows"):
+            run()
 
 
 def test_the_answer_fills_the_context_and_no_more(engine):

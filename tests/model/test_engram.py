@@ -361,6 +361,16 @@ def test_the_model_keeps_its_own_precision(dtype):
     assert found[0].shape == (1, 9, 24) and found[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("ids", [np.arange(502), np.arange(503) - 1, np.arange(503) + 1, np.arange(503) << 20])
+def test_a_file_whose_map_of_ids_leads_out_of_the_table_is_refused(tmp_path, ids):
+    memory = EngramMemory(SMALL)
+    memory.compressed = ids.astype(np.int32)
+    memory.create(tmp_path / "table")
+    memory.table.close()
+    with pytest.raises(InputError, match="table: compressed_ids are not 503 token ids below 503"):
+        EngramMemory(SMALL).open(tmp_path / "table")
+
+
 def test_the_table_counts_and_is_not_allocated():
     config = changed(engram_vocab_size=10**9, engram_head_dim=64)  # half a terabyte
     plain, counts = count_parameters(changed(engram_layer_ids=[], model_type="deepseek_v3")), count_parameters(config)

@@ -23,7 +23,7 @@ class ScriptedModel:
     page_bytes, page_shape, cache_bytes_per_token, exact = 4, [(1, 1)], 0, True
 
     def __init__(self, script: list[int], delay: float, context: int, memory: bool = False):
-        self.config = SimpleNamespace(max_position_embeddings=context)
+        self.config = SimpleNamespace(max_position_embeddings=context, vocab_size=1 << 20)
         self.script, self.delay = script, delay
         self.prompts: dict[bytes, int] = {}  # tokens of the prompt, by the sequence's key
         self.passes = 0

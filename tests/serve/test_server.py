@@ -379,6 +379,7 @@ def test_foreign_pages_are_kept_out(thinker):
     for headers in (
         {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "evil.example"},
         {"Host": "evil.example", "Origin": "http://evil.example"}, {"Origin": "http://127.0.0.1:1"}, {"Host": "[oops"},
+        {"Origin": "http://["},
     ):  # fmt: skip
         answer = httpx.get(f"{thinker}/v1/models", headers=headers)
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_origin"

@@ -10,7 +10,7 @@ import torch
 
 from twelve.engine.pages import PagePool
 from twelve.engine.request import Completion, Delta, Request
-from twelve.engine.runner import Runner, make_runner, model_identity
+from twelve.engine.runner import PAGE, Runner, make_runner, model_identity
 from twelve.engine.scheduler import Scheduler, pages_for
 from twelve.engine.score import score
 from twelve.engine.sequence import Sequence, Status
@@ -118,6 +118,7 @@ class Engine:
         for ids in sequences:
             if len(ids) > self.context:
                 raise ContextLengthError(f"{len(ids)} tokens exceed the model's context of {self.context}")
+            self._check_ids(ids)
             self._check_memory(len(ids))
         with self._turns.alone():
             return score(sequences, self.runner, self.scheduler, self.prefill_chunk)
@@ -157,10 +158,17 @@ class Engine:
                 f"the prompt has {prompt} tokens, and the model's context of {self.context} leaves no room for an "
                 "answer: shorten the prompt"
             )
-        limit = self.context if request.max_tokens is None else min(prompt + request.max_tokens, self.context)
+        self._check_ids(request.prompt_ids)
+        room = min(self.context, max(prompt + 1, self.pool.count * PAGE))  # where nothing is said of the length
+        limit = room if request.max_tokens is None else min(prompt + request.max_tokens, self.context)
         self._check_memory(limit)
         stop_ids = self.tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
         return Sequence(request, limit, stop_ids, self._piece, streamed)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        known = self.model.config.vocab_size
+        if strange := next((token for token in ids if not 0 <= token < known), None):
+            raise InputError(f"there is no token {strange}: the model knows {known:,}")
 
     def _check_memory(self, tokens: int) -> None:
         needed = pages_for(tokens)

@@ -79,7 +79,8 @@ class Sequence:
         # The text is made along the way only where somebody reads along, or it decides when to end.
         self._text = TextStream(piece, request.stop) if streamed or request.stop else None
         if limit <= self.prompt:
-            self._finish("length")
+            self.finish_reason = "length"
+            self.deltas.append(Delta(finish_reason="length"))
 
     @property
     def missing(self) -> int:
@@ -103,27 +104,18 @@ class Sequence:
             self.logprobs.append(logprob)
         reason = "stop" if token in self.stop_ids else "length" if len(self.tokens) >= self.limit else None
         if self._text is None:
-            if reason:
-                self._finish(reason)
+            self.finish_reason = reason
             return
         text = "" if reason == "stop" else self._text.feed(token)
         reason = "stop" if self._text.stopped else reason
+        text += self._text.flush() if reason else ""
+        self.finish_reason = reason
+        # whole when it is put there: another thread may take it at once
         if self.streamed:
             logprobs = [logprob] if self.request.logprobs else []
-            self.deltas.append(Delta(text, [token], logprobs, memory_gates=gates))
+            self.deltas.append(Delta(text, [token], logprobs, memory_gates=gates, finish_reason=reason))
         elif text:
             self.deltas.append(Delta(text))
-        if reason:
-            self._finish(reason)
-
-    def _finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        if self._text is not None:
-            if not self.deltas:
-                self.deltas.append(Delta())
-            last = self.deltas[-1]
-            last.text += self._text.flush()
-            last.finish_reason = reason
 
     def completion(self) -> Completion:
         """The whole answer of a request that was not streamed."""

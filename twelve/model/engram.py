@@ -130,9 +130,12 @@ class EngramMemory(nn.Module):
         InputError when it is not a whole table that was made for this configuration.
         """
         file = RowFile(path)
-        ids = file.rows("compressed_ids")
-        self.compressed = ids.take(np.arange(ids.count))[:, 0]
+        ids, known = file.rows("compressed_ids"), self.config.vocab_size
+        compressed = ids.take(np.arange(ids.count))[:, 0] if file.code("compressed_ids") == "I32" else np.empty(0)
         file.close()
+        if len(compressed) != known or compressed.min() < 0 or compressed.max() >= known:  # addresses follow from them
+            raise InputError(f"{path}: compressed_ids are not {known} token ids below {known}: copy the file again")
+        self.compressed = compressed
         self.table = table = Table.open(path, self.identity, writable)
         found = (table.count, table.width, table.dtype)
         wanted = (self.hash.total_rows, self.config.engram_head_dim, self.config.engram_dtype)

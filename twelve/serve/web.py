@@ -28,12 +28,19 @@ class OwnPagesOnly:
             headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
             host, origin = headers.get(b"host", ""), headers.get(b"origin")
             local = is_loopback((scope.get("server") or ("",))[0])
-            foreign = origin is not None and urlsplit(origin).netloc != host
+            foreign = origin is not None and not same_host(origin, host)
             if foreign or (local and not is_loopback(hostname(host))):
                 error = ApiError(403, "requests from other web pages are refused", code="foreign_origin")
                 await JSONResponse(error.body, error.status)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def same_host(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
 
 
 def hostname(netloc: str) -> str:
