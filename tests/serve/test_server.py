@@ -404,12 +404,10 @@ def test_the_page_may_load_nothing_from_elsewhere(thinker):
 
 
 def test_others_are_answered_while_the_model_works(tokenizer):
-    with serving(ScriptedEngine(tokenizer, "slow", delay=0.1)) as url, ThreadPoolExecutor() as pool:
+    with serving(ScriptedEngine(tokenizer, "slow", delay=0.3)) as url, ThreadPoolExecutor() as pool:
         working = [pool.submit(post, url) for _ in range(3)]
         time.sleep(0.2)
-        started = time.perf_counter()
         assert httpx.get(f"{url}/health").status_code == 200
-        assert time.perf_counter() - started < 0.5
         assert not any(future.done() for future in working)
         texts = [future.result().json()["choices"][0]["message"]["content"] for future in working]
     assert texts == ["slow"] * 3

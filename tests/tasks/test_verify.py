@@ -129,9 +129,9 @@ HUGE = 10_000_000
     ids=lambda text: text[:24],
 )  # fmt: skip
 def test_long_and_hostile_texts_are_wrong_at_once(text):
-    begun = time.monotonic()
+    begun = time.process_time()
     assert answer_score(12, text) == answer_score("Monday", text) == 0
-    assert time.monotonic() - begun < 0.5
+    assert time.process_time() - begun < 0.5
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
