@@ -81,6 +81,36 @@ def test_a_small_level_may_have_fewer_problems_than_asked_for(tokenizer):
     assert 20 < found.asked < 5000
 
 
+def test_what_follows_a_think_of_the_prompts_own_is_reasoning(tokenizer, monkeypatch):
+    opening = tokenizer.chat_template.replace("assistant\\n' }}", "assistant\\n<think>' }}")
+    assert opening != tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", opening)
+    texts = [f"so <answer>{problems(1)[0].answer}</answer>", f"so</think><answer>{problems(2)[1].answer}</answer>"]
+    found = task_accuracy(Answers(texts), tokenizer, "arithmetic", "ko", 2, 2)
+    assert found.scores == [[0], [1]] and found.votes[0] == [None]
+    assert [sample["reasoning"] for sample in found.samples] == [texts[0], "so"]
+
+
+def test_without_a_template_a_task_keeps_its_system_message_and_examples(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "sums.py"
+    path.write_text(
+        "SYSTEM = 'Add {them}.'\nEXAMPLES = [('1 + 1?', '<answer>2</answer>')]\n"
+        "def generate(seed):\n    return {'question': f'{seed} + 1?', 'answer': seed + 1}\n"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    problem = tasks.get(str(path)).generate(5, 1, "en")
+    told = tokenizer.decode(accuracy.prompt_ids(tokenizer, problem), skip_special=False)
+    lines = told.removeprefix(accuracy.PLAIN).split("\n")
+    assert lines == ["Add {them}.", "User: 1 + 1?", "Assistant: <answer>2</answer>", "User: 5 + 1?", "Assistant: "]
+
+
+def test_the_answers_of_a_group_are_scored_at_once(tokenizer, monkeypatch):
+    sizes, score_all = [], tasks.score_all
+    monkeypatch.setattr(tasks, "score_all", lambda asked, texts: (sizes.append(len(texts)), score_all(asked, texts))[1])
+    task_accuracy(Answers(["x"] * 70), tokenizer, "arithmetic", "en", 2, 70)
+    assert sizes == [accuracy.GROUP, 70 - accuracy.GROUP]
+
+
 @pytest.mark.parametrize(
     ("task", "language", "level", "words"),
     [("chess", "en", 1, "unknown task"), ("arithmetic", "fr", 1, "unknown language"), ("arithmetic", "en", 99, "99")],

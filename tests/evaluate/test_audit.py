@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from twelve import cli
 from twelve.errors import InputError
-from twelve.evaluate.audit import FORMS, answer_ways, audit, changes, might_be_right, spellings
+from twelve.evaluate.audit import FORMS, answer_ways, audit, changes, might_be_right, source_ways, spellings
+from twelve.tasks import code
 from twelve.tasks.problem import Problem
 
 MINE = """
@@ -64,6 +65,18 @@ def test_a_sound_scorer_of_ones_own_passes(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(MINE.partition("def score")[0])
     assert audit([str(path)], 1500)["passed"]
+
+
+def test_of_a_program_one_line_is_dropped():
+    seen = set()
+    for seed in range(30):
+        problem = code.generate(seed, 4, "en")
+        ways = {kind: text for kind, _, text in source_ways(problem, ["return 1"], {"alone": str}, Random(seed))}
+        lines, kept = problem.answer.splitlines(), ways.get("line dropped", "").splitlines()
+        if kept:  # else what is left gives the same
+            assert len(kept) == len(lines) - 1 and kept[0] == lines[0] and kept[-1] == lines[-1]
+            seen.add(next((place for place, line in enumerate(kept) if line != lines[place]), len(kept)))
+    assert seen == {1, 2, 3, 4}
 
 
 # --- what is tried ----------------------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ def test_sizes():
         ("<answer>1,234</answer>", "#### 1234"),
         ("<answer>Blue  Sky</answer>", "<think>red</think><answer>blue sky</answer>"),
         ("42", "<think>or 43?</think>42"),
+        ("<answer>$12$</answer>", "#### 12."),
+        (r"\boxed{\frac{1}{2}}", "<answer>0.5</answer>"),
+        (r"\boxed{6\text{ km}}", "<answer>6 km</answer>"),
+        ("<answer>1, 2, 3</answer>", "#### 1,2,3"),
     ],
 )
 def test_answers_that_say_the_same_are_one_vote(one, other):
@@ -92,5 +96,6 @@ def test_answers_that_differ_are_two(one, other):
 
 
 def test_no_answer_is_no_vote():
-    assert vote("") is None and vote("<answer> </answer>") is None and vote("and then 4 +", finished=False) is None
+    assert vote("") is None and vote("<answer> </answer>") is None and vote("#### .") is None
+    assert vote("and then 4 +", finished=False) is None
     assert vote("<answer>4</answer> and", finished=False) is not None

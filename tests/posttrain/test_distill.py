@@ -18,6 +18,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import sha256
 from twelve.model import Transformer
+from twelve.posttrain import distill as distilling
 from twelve.posttrain.distill import distill
 from twelve.posttrain.student import cut, fresh, kept_layers, make_student
 from twelve.train.pretrain import pretrain
@@ -117,6 +118,19 @@ def generate(seed, level, language):
 def score(problem, text):
     return float(text.rstrip().endswith("<answer>12</answer>"))
 '''
+
+
+def test_rows_that_are_for_training_only_can_be_distilled(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(distilling, "_run", lambda *_: {"model": "m", "student": "s"})
+    base, path = folder(tmp_path / "base", tokenizer, llama(tokenizer)), tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": 2}')
+    asked = {"student": base, "steps": 1, "quiet": True}
+    assert distill([base], tmp_path / "out", task=[f"{path}#train"], **asked)["next"] == "twelve chat m"
+    path.write_text('{"question": "1 + 1?", "answer": 3}')
+    with pytest.raises(InputError, match="rows.jsonl#train is not the file that this run began with"):
+        distill([base], tmp_path / "out", task=[f"{path}#train"], **asked)
+    result = distill([base], tmp_path / "other", task=["arithmetic"], level=[2], **asked)
+    assert result["next"] == "twelve eval m --task arithmetic --level 2"
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from itertools import cycle
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from twelve import convert
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import sha256
+from twelve.posttrain import on_policy as learning
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.divergence import plain_reverse_kl, reverse_kl
 from twelve.posttrain.on_policy import OnPolicy, on_policy
 from twelve.posttrain.rollout import sample
+from twelve.posttrain.traces import problem_stream
 from twelve.train.loop import Interrupted
 from twelve.train.plan import Plan
 
@@ -111,6 +115,15 @@ def test_a_step_is_the_plain_loss_over_each_answer_alone(tmp_path, tokenizer, mo
         if name in seen:
             torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-3, atol=1e-5)
     assert {"embed_tokens.weight", "lm_head.weight", "layers.1.mlp.gate.weight"} <= seen.keys()
+
+
+def test_problems_that_do_not_fit_are_passed_over(tmp_path, tokenizer, monkeypatch):
+    known = [next(problem_stream(CELLS[index:])) for index in range(2)]
+    long = replace(known[0], question=known[0].question * 50)
+    monkeypatch.setattr(learning, "problem_stream", lambda *_: cycle([known[0], long, known[1]]))
+    student = model(llama(tokenizer))
+    groups = trainer(tmp_path, tokenizer, student, {None: [(student, 1.0)]}).answer(1)
+    assert [group.problem for group in groups] == known
 
 
 @pytest.fixture(scope="module")

@@ -170,6 +170,35 @@ def test_minutes_are_divided_and_what_is_left_goes_on(tmp_path):
     assert made._allot(2)["minutes"] == 0
 
 
+@pytest.mark.parametrize(("done", "stage", "part"), [(0, "1-cold-start", 0.2), (1, "2-reasoning", 0.35 / 0.8)])
+def test_more_minutes_are_for_a_stage_that_has_begun_too(tmp_path, monkeypatch, done, stage, part):
+    """For one of RL; fine-tuning keeps the length that it began with, and leaves the rest to those after it."""
+    given = []
+
+    def begin(*_, minutes, **__):
+        plan = Plan.load(tmp_path / stage)
+        if plan is None:
+            plan = Plan("rl", {"minutes": minutes}, {}, {}, 1, 1, 1, 1.0, 0, 1, "float32")
+            plan.save(tmp_path / stage)
+        plan.check_options("rl", {"minutes": minutes}, tmp_path / stage)
+        given.append(minutes)
+        raise KeyboardInterrupt
+
+    for verb in ("rl", "sft"):
+        monkeypatch.setattr(recipes, verb, begin)
+    asked = dict.fromkeys(("level", "language", "max_tokens", "lora", "device"))
+    asked |= {"seed": 0, "quiet": True, "model": "m", "task": ["a"], "cold_start": "talk.jsonl"}
+    for minutes in (10.0, 10.0, 20.0):
+        made = chain(tmp_path, minutes=minutes, **asked)
+        made.progress.stages = made.progress.stages or [
+            {"name": name, "seconds": 60.0, "measured": {"seconds": 0.0}} for name in ("0-start", "1-cold-start")
+        ][: done + 1]
+        with pytest.raises(KeyboardInterrupt):
+            made.run()
+    short, long = (part * (minutes - 1 - done) for minutes in (10, 20))
+    assert given == pytest.approx([short, short, long if done else short], abs=1e-3)
+
+
 def test_the_rejection_stage_knows_its_speed_from_the_cold_start(tmp_path):
     made = chain(tmp_path, minutes=10.0)
     (tmp_path / "1-cold-start" / "training").mkdir(parents=True)
@@ -310,6 +339,29 @@ def test_where_nothing_passes_what_was_trained_stays(room, tmp_path):
     bare.write_text("def generate(seed):\n    return {'question': f'{seed}?', 'answer': seed}\n")
     with pytest.raises(InputError, match="bare.py has no worked solutions to begin with: give some with --cold-start"):
         follow(room.model, tmp_path / "bare", [str(bare)], **{**SHORT, "steps": 4})
+
+
+def test_another_fault_is_not_taken_for_wrong_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "open_teacher", lambda *_, **__: None)
+    made = chain(tmp_path, traces=8, max_tokens=8, seed=0, device=None, quiet=True)
+    for fault, told in ((InputError("the disk is full"), "^the disk is full$"),
+                        (traces.NothingPassed("nothing"), "no answer of m passed the checker")):  # fmt: skip
+        monkeypatch.setattr(recipes, "collect", lambda *_, fault=fault, **__: (_ for _ in ()).throw(fault))
+        with pytest.raises(InputError, match=told):
+            made._rejected("m", tmp_path / "3-rejection", {})
+
+
+def test_a_recipe_is_not_resumed_with_another_scorer(room, tmp_path, monkeypatch):
+    task = tmp_path / "ships.py"
+    task.write_text(TASK)
+    options = {**SHORT, "steps": 1, "recipe": "r1-zero"}
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "rl", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            follow(room.model, tmp_path / "out", [str(task)], **options)
+    task.write_text(TASK + "\n\ndef score(problem, text):\n    return 1\n")
+    with pytest.raises(InputError, match="ships.py is not the file that this run began with"):
+        follow(room.model, tmp_path / "out", [str(task)], **options)
 
 
 # --- a judge ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ import twelve
 from twelve import tasks
 from twelve.errors import InputError
 from twelve.posttrain import health, memory, reinforcement
+from twelve.posttrain import judge as judging
+from twelve.posttrain.recipe_report import measure
 from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rl import cells_of, rl
 from twelve.train import loop
@@ -61,7 +66,8 @@ def test_a_run_leaves_a_model_its_report_and_its_figures(finished):
     assert all(row["difference"] < 1e-5 and row["kept"] <= 1 for row in rows)
     model, tokenizer = twelve.load(out)
     assert model(torch.tensor([tokenizer.encode("abc")])).isfinite().all()
-    assert "reinforcement learning (GRPO)" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "reinforcement learning (GRPO)" in card and 'language: ["en"]' in card
     page = (out / "training" / "report.html").read_text()
     assert "Held-out problems" in page and "Right answers" in page
     assert not list((out / "training").glob("*.safetensors"))
@@ -178,6 +184,102 @@ def test_rows_that_all_fall_to_one_side_are_told(base, tmp_path):
         rl(base, tmp_path / "run", [str(path)], language=["en"], steps=1, **SMALL)
 
 
+def test_a_file_to_learn_from_and_one_to_be_measured_by(base, tmp_path):
+    task = []
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("\n".join(json.dumps({"question": f"{split} {n}?", "answer": n}) for n in range(6)))
+        task.append(f"{path}#{split}")
+    result = rl(base, tmp_path / "run", task, steps=1, max_tokens=4, **SMALL)
+    assert [cell["task"] for cell in result["before"]] == [task[1]]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"- problems of the task `{task[0]}`" in card and f"- problems of the task `{task[1]}`" not in card
+    for one, missing in ((task[0], "test"), (task[1], "train")):
+        with pytest.raises(InputError, match=rf"nothing here is for {missing}; name a task .* FILE.jsonl#{missing}"):
+            rl(base, tmp_path / "none", [one], steps=1, **SMALL)
+    assert [cell.task for cell in cells_of(task[:1], None, None, ("train",))] == task[:1]
+    with pytest.raises(InputError, match="#test is for test only"):
+        cells_of(task, None, None, ("train",))
+
+
+LONG = '''
+LANGUAGES = ("en",)
+
+def generate(seed):
+    return {"question": "Write " * (300 if seed % SHARE else 1) + f"{seed % 1000}.", "answer": "letters"}
+
+def score(problem, text):
+    return min(1, len(text) / 9)
+'''
+
+
+def test_problems_that_do_not_fit_are_passed_over(base, tmp_path):
+    """Nearly every step draws some whose prompts are longer than the model's context."""
+    path = tmp_path / "long.py"
+    path.write_text(LONG.replace("SHARE", "3"))
+    result = rl(base, tmp_path / "run", [str(path)], steps=3, max_tokens=4, **SMALL)
+    assert result["steps"] == 3 and all(row["length"] > 0 for row in metrics(tmp_path / "run"))
+    measured = measure(base, cells_of([str(path)], None, None), 8, 4)
+    assert measured["tasks"][0]["asked"] == 8 and measured["length"] > 0
+    path.write_text(LONG.replace("SHARE", "99999999999999999999"))
+    with pytest.raises(InputError, match="level 1 in en, are too long: no prompt of 200 has fewer than 256 tokens"):
+        rl(base, tmp_path / "none", [str(path)], steps=3, max_tokens=4, **SMALL)
+
+
+def test_what_the_memory_does_not_hold_is_passed_over(base, tmp_path, monkeypatch):
+    """The first prompts are short; keys and values are for such."""
+    path = tmp_path / "long.py"
+    path.write_text(LONG.replace("300", "30").replace("SHARE", "3"))
+    monkeypatch.setattr(Reinforcement, "_longest_prompt", lambda self: 30)
+    fit = memory.fit
+    monkeypatch.setattr(reinforcement.memory, "fit", lambda limit, fixed, page, pages, *rest: fit(
+        limit, fixed, page, 2, *rest))  # fmt: skip
+    monkeypatch.setattr(Reinforcement, "measure", lambda self: [{"asked": 1, "score": 1, "seconds": 0.0}])
+    monkeypatch.setattr(Reinforcement, "sections", lambda *_: [])
+    assert rl(base, tmp_path / "run", [str(path)], steps=3, max_tokens=40, **SMALL)["steps"] == 3
+
+
+def test_a_task_that_changes_ends_the_run_before_anything_is_learnt_of_it(base, tmp_path, monkeypatch):
+    path = tmp_path / "letters.py"
+    path.write_text(LETTERS)
+    steps, score = [], reinforcement.score
+
+    def edit(*arguments):
+        score(*arguments)
+        steps.append(1)
+        if len(steps) == 3:
+            path.write_text(LETTERS.replace("min(1, 2", "min(1, 3"))
+
+    monkeypatch.setattr(reinforcement, "score", edit)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", 1e9)
+    for _ in range(2):  # in the middle, and where the run is resumed
+        with pytest.raises(InputError, match="letters.py is not the file that this run began with: put that back"):
+            rl(base, tmp_path / "run", [str(path)], steps=5, **SMALL)
+        assert len(steps) == 3
+    path.write_text(LETTERS)
+    assert rl(base, tmp_path / "run", [str(path)], steps=5, **SMALL)["steps"] == 5
+    assert len(steps) == 6  # the third again, and two more
+    assert "task_sha256" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_judges_prompts_count_in_the_memory(base, task, tmp_path, monkeypatch):
+    """Its longest one, and what the last step has left is given back before it is answered."""
+    asked = [[{"role": "user", "content": "why " * 40}], [{"role": "user", "content": "so?"}]]
+    judge, events, fit, generate = judging.Judge(None, asked), [], memory.fit, judging.generate
+    judge.scores = lambda questions, texts: [0.5] * len(texts)
+
+    def apart(*arguments):
+        events.append(arguments[-1])
+        return replace(fit(*arguments), apart=True)
+
+    monkeypatch.setattr(reinforcement.memory, "fit", apart)
+    monkeypatch.setattr(judging, "give_back", lambda: events.append("back"))
+    monkeypatch.setattr(judging, "generate", lambda *given: (events.append("answers"), generate(*given))[1])
+    rl(base, tmp_path / "run", [task], steps=1, judge=judge, **SMALL)
+    assert events[0] > 5 * 40 / 4 and events[1:] == ["back", "answers"]
+
+
 def test_nothing_to_compare_ends_it_too(base, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcement, "IDLE", 3)
     path = tmp_path / "never.py"
@@ -222,6 +324,18 @@ def test_one_answer_whose_routing_flipped_is_left_out(base, task, tokenizer, tmp
     rows = metrics(tmp_path / "run")
     assert all(row["flipped"] <= 1 and row["difference"] < 1e-5 for row in rows if row["kept"])
     assert any(row.get("flipped") for row in rows)
+
+
+def test_how_many_may_have_flipped_is_counted_over_the_step():
+    """Four updates of 50 answers: one in a hundred of 200."""
+    trainer, totals = SimpleNamespace(routers=[None], step=0), Counter(answers=200)
+    rows = SimpleNamespace(sampled=torch.zeros(50), answers=torch.arange(50))
+    mine = torch.zeros(50).index_fill(0, torch.tensor([3]), 0.5)
+    for flipped in (1, 2):
+        kept = Reinforcement._same_policy(trainer, mine, rows, torch.zeros(50), totals)
+        assert kept.sum() == 49 and kept[3] == 0 and totals["flipped"] == flipped
+    with pytest.raises(InputError, match=r"differ by 0\.5 at step 1"):
+        Reinforcement._same_policy(trainer, mine, rows, torch.zeros(50), totals)
 
 
 def test_bad_input_is_one_line(base, task, tmp_path):

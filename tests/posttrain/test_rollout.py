@@ -7,9 +7,12 @@ import torch
 from small import llama, model, v3
 
 from twelve import lora, tasks
-from twelve.engine import Completion, Engine
+from twelve.engine import Completion, Engine, Request
+from twelve.errors import InputError
 from twelve.model.layers import linear_logprobs
-from twelve.posttrain.rollout import Group, logprobs, rows_of, sample
+from twelve.posttrain import rollout
+from twelve.posttrain.rollout import Group, fitting, logprobs, rows_of, sample
+from twelve.tasks import Problem
 
 
 def groups(tokenizer, sizes, seed=0):
@@ -74,6 +77,29 @@ def test_sampler_and_trainer_agree(tokenizer, kind):
         found, _, routings = logprobs(network, rows, tokenizer.vocab_size)
         assert (found - rows.sampled).abs().max() < 1e-5
         assert len(routings) == len(network.moe_layers())
+
+
+def test_answers_begin_with_the_think_that_the_prompt_opened(tokenizer, monkeypatch):
+    engine = Engine(model(llama(tokenizer)), tokenizer)
+    problems = [Problem("arithmetic", "en", 1, "1 + 1?", "", 2)]
+    [plain] = sample(engine, tokenizer, problems, group=2, max_tokens=5, seed=0)
+    opening = tokenizer.chat_template.replace("assistant\\n' }}", "assistant\\n<think>' }}")
+    monkeypatch.setattr(tokenizer, "chat_template", opening)
+    [opened] = sample(engine, tokenizer, problems, group=2, max_tokens=5, seed=0)
+    [alone] = engine.generate([Request(opened.prompt, 5, seed=0)])
+    assert not any(answer.text.startswith("<think>") for answer in plain.answers)
+    assert opened.answers[0].text == f"<think>{alone.text}" and opened.answers[0].token_ids == alone.token_ids
+    assert opened.answers[1].text.startswith("<think>")
+
+
+def test_problems_that_leave_no_room_are_left_out(tokenizer, monkeypatch):
+    monkeypatch.setattr(rollout, "PATIENCE", 3)
+    short, long = (Problem("arithmetic", "en", 1, text, "", 2) for text in ("1 + 1?", "1 + " * 99 + "1?"))
+    room = len(rollout.prompt_ids(tokenizer, short)) + 1
+    assert list(fitting(tokenizer, [long, short, long, long, short], room)) == [short] * 2
+    assert list(fitting(tokenizer, [short], room - 1)) == []
+    with pytest.raises(InputError, match=rf"arithmetic, level 1 in en, are too long: no prompt of 3 .* {room} tokens"):
+        list(fitting(tokenizer, [short, long, long, long, short], room))
 
 
 def test_log_probabilities_have_the_plain_gradient():

@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -15,9 +16,10 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.posttrain import teacher as teachers
+from twelve.posttrain import traces as collecting
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.teacher import Answer, Endpoint, EndpointError, LocalTeacher, open_teacher
-from twelve.posttrain.traces import WINDOW, collect, problem_stream, read_traces, select
+from twelve.posttrain.traces import WINDOW, NothingPassed, collect, problem_stream, read_traces, select
 
 sys.path.append(str(Path(__file__).parents[1] / "serve"))
 from scripted import ScriptedEngine, serving
@@ -68,6 +70,39 @@ def test_only_complete_right_answers_are_kept_with_their_rate(tmp_path):
     assert sum(1 for _ in read_documents([tmp_path / "t.jsonl"])) == len(traces)  # as `twelve sft` reads it
 
 
+@pytest.mark.parametrize("patience", [10**9, 30])
+def test_problems_that_come_again_count_in_the_rate(tmp_path, monkeypatch, patience):
+    """Each comes twice, and its answers are the same again."""
+    some = [problem for problem, _ in zip(problem_stream(CELLS), range(25), strict=False)]
+    monkeypatch.setattr(collecting, "problem_stream", lambda *_: iter(some * 2))
+    path = tmp_path / "t.jsonl"
+    if patience < 50:
+        with pytest.raises(InputError, match="died"):
+            gather(path, Oracle(patience))
+    counts = gather(path, Oracle())
+    rate, distinct = sum(problem.answer % 4 for problem in some) / 125, select(read_traces(path), 10**9)
+    assert counts["problems"] == 50 and counts["pass_rate"] == pytest.approx(rate, abs=1e-4)
+    said = [json.dumps(trace["messages"]) for trace in distinct]
+    assert counts["accepted"] == len(said) == len({*said}) == sum(min(2, problem.answer % 4) for problem in some)
+
+
+def test_a_scorer_that_changes_meanwhile_ends_it(tmp_path):
+    task = tmp_path / "ships.py"
+    task.write_text("def generate(seed):\n    return {'question': f'{seed}?', 'answer': 12}\n")
+    oracle, path = Oracle(), tmp_path / "t.jsonl"
+
+    def answers(problems, n, *_):
+        for index in range(len(problems)):
+            if index == 3:
+                task.write_text(task.read_text() + "\ndef score(problem, text):\n    return 1\n")
+            yield index, [Answer("<answer>12</answer>", True)] * n
+
+    oracle.answers = answers
+    with pytest.raises(InputError, match="ships.py is not the file that this run began with"):
+        collect(path, {None: [oracle]}, [Cell(str(task), 1, "en")], problems=50, quiet=True)
+    assert len(read_traces(path)) == 3
+
+
 @pytest.mark.parametrize("patience", [3, WINDOW, WINDOW + 5, 40])
 def test_a_dead_endpoint_loses_nothing_and_a_resume_repeats_nothing(tmp_path, patience):
     gather(tmp_path / "whole.jsonl", Oracle())
@@ -102,8 +137,8 @@ def test_half_a_line_of_a_killed_process_is_mended(tmp_path):
 def test_nothing_that_passes_is_told_with_the_rate(tmp_path):
     oracle = Oracle()
     oracle.answers = lambda problems, n, *_: ((i, [Answer("no idea", True)] * n) for i in range(len(problems)))
-    with pytest.raises(InputError, match=r"nothing passed the verifier: 0 of 250 answers to 50 problems of arithmetic, "
-                       r"word_problems, a pass rate of 0%"):  # fmt: skip
+    with pytest.raises(NothingPassed, match=r"nothing passed the verifier: 0 of 250 answers to 50 problems of "
+                       r"arithmetic, word_problems, a pass rate of 0%"):  # fmt: skip
         gather(tmp_path / "t.jsonl", oracle)
     with pytest.raises(InputError, match=r"0 of 1,280 answers to 256 problems"):  # long before the 100,000th
         gather(tmp_path / "t.jsonl", oracle, problems=100_000)
@@ -126,6 +161,15 @@ def test_a_model_here_teaches_and_repeats_with_its_seed(tokenizer, shape):
     once, again, other = (dict(local.answers(problems, 2, 9, 1.0, [seed, 8, 9])) for seed in (5, 5, 6))
     assert once == again and once[0] != other[0] and (once[1], once[2]) == (other[1], other[2])
     assert all(len(answers) == 2 for answers in once.values())
+
+
+def test_a_problem_that_does_not_fit_costs_a_teacher_no_other(tokenizer):
+    local = LocalTeacher(model(llama(tokenizer)), tokenizer)
+    short = next(problem_stream(CELLS))
+    long = replace(short, question=short.question * 50)
+    answers = dict(local.answers([short, long, short], 2, 9, 1.0, [5, 6, 7]))
+    assert answers[1] == [Answer("", False)] * 2
+    assert [answers[0], answers[2]] == [answers for _, answers in local.answers([short] * 2, 2, 9, 1.0, [5, 7])]
 
 
 def test_reasoning_that_the_prompt_opens_is_closed_in_the_answer(tokenizer, tmp_path):

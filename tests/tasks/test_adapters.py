@@ -4,6 +4,7 @@ import json
 import os
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -214,6 +215,35 @@ def test_a_worker_ends_with_its_parent_and_starts_again(write):
     worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_a_workers_end_is_that_of_what_its_code_started(write):
+    write(MINE + "import subprocess\ndef score(problem, text): return subprocess.Popen(['sleep', '60']).pid")
+    worker = Worker("twelve.tasks.user_file", "mine.py")
+    problem = vars(adapters.WorkerTask("mine.py", "user_file").generate(0, 1, "en"))
+    [reply] = worker.call("score", [[problem, ""]], 5.0)
+    state = Path(f"/proc/{reply.value:.0f}/stat")
+    assert state.read_text().split()[2] in "SR"
+    worker.close()
+    deadline = time.monotonic() + 5
+    while state.exists() and state.read_text().split()[2] != "Z":  # until somebody takes note of its end
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_file_that_changed_is_noticed(write):
+    names = [write(MINE), write(rows({"question": "x?", "answer": 1}), "rows.jsonl") + "#train", "arithmetic", "gym:a"]
+    before = tasks.fingerprints(names)
+    assert list(before) == names[:2] and before["mine.py"] != before["rows.jsonl#train"]
+    tasks.require_unchanged(before)
+    os.utime("mine.py", ns=(0, 0))  # touched, but the same
+    tasks.require_unchanged(before)
+    write(MINE + SCORE)
+    with pytest.raises(InputError, match="mine.py is not the file that this run began with: put that back"):
+        tasks.require_unchanged(before)
+    os.remove("mine.py")
+    with pytest.raises(InputError, match="mine.py is not the file"):
+        tasks.require_unchanged(before)
 
 
 def test_large_batches_do_not_block(write):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from twelve import tasks
-from twelve.data.chat import encode_prompt, split_reasoning
+from twelve.data.chat import encode_prompt, opens_reasoning, split_reasoning
+from twelve.data.reasoning import OPEN
 from twelve.engine import Completion, ContextLengthError, Engine, Request, sub_seed
 from twelve.errors import InputError
 from twelve.evaluate.repeats import MOST, Vote, agreement, maj_at_k, pass_at_k, sizes, vote
@@ -25,8 +26,8 @@ GROUP = 64  # answers that are made together
 PLAIN = """\
 The assistant thinks about the user's question inside <think> </think> first, then gives the result inside \
 <answer> </answer>.
-User: {question}
-Assistant: """
+"""
+SPEAKERS = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 
 
 @dataclass
@@ -97,16 +98,14 @@ def task_accuracy(
     started = time.monotonic()
     if samples > MOST or (samples > 1 and not temperature):
         raise InputError(f"{samples} samples a problem need a temperature above 0, and may be at most {MOST}")
-    scorer = tasks.get(task)
     asked = list(islice(tasks.problems(task, "test", seed, [level], [language]), n))
     if not asked:
         raise InputError(f"{task} has no test problems of level {level} in {language}")
     result = Accuracy(task, language, level, asked=len(asked), score=0.0, cut_short=0, tokens=0, seconds=0.0,
                       repeats=samples)  # fmt: skip
     bar = tqdm(total=len(asked), desc=f"{task} {language} {level}", unit="problem", leave=False)
-    for problem, answers in _answers(engine, tokenizer, asked, samples, seed, temperature, max_tokens):
+    for problem, answers, scores in _answers(engine, tokenizer, asked, samples, seed, temperature, max_tokens):
         bar.update()
-        scores = [scorer.score(problem, answer.text) for answer in answers]
         result.score += fmean(scores)
         result.scores.append(scores)
         result.votes.append([vote(answer.text, answer.finish_reason != "length") for answer in answers])
@@ -122,10 +121,12 @@ def task_accuracy(
 
 
 def prompt_ids(tokenizer, problem: Problem) -> list[int]:
-    """The tokens that ask for an answer: through the chat template, or PLAIN where the model has none."""
+    """The tokens that ask for an answer: through the chat template, or in plain words where the model has none."""
+    messages = asked(problem)
     if tokenizer.chat_template is None:
-        return tokenizer.encode(PLAIN.format(question=problem.question), control=False)
-    return encode_prompt(tokenizer, asked(problem))
+        told = "".join(f"{SPEAKERS[message['role']]}{message['content']}\n" for message in messages)
+        return tokenizer.encode(f"{PLAIN}{told}{SPEAKERS['assistant']}", control=False)
+    return encode_prompt(tokenizer, messages)
 
 
 def asked(problem: Problem) -> list[dict[str, str]]:
@@ -138,10 +139,30 @@ def asked(problem: Problem) -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": problem.question}]
 
 
+def generate(engine: Engine, tokenizer, requests: Sequence[Request]) -> list[Completion]:
+    """The engine's answers; one whose prompt itself opens the reasoning begins with the <think> that it lacks."""
+    answers = engine.generate(requests)
+    prompts = (tokenizer.decode(request.prompt_ids[-16:], skip_special=False) for request in requests)
+    return [
+        replace(answer, text=OPEN + answer.text) if opens_reasoning(prompt) else answer
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def generate_what_fits(engine: Engine, tokenizer, requests: Sequence[Request]) -> list[Completion]:
+    """As `generate`; where the model cannot even read a prompt, its answer is empty and cut off."""
+    try:
+        return generate(engine, tokenizer, requests)
+    except ContextLengthError:  # one of them; before any has begun
+        if len(requests) > 1:
+            return [answer for request in requests for answer in generate_what_fits(engine, tokenizer, [request])]
+        return [Completion("", [], [], "length", len(requests[0].prompt_ids))]
+
+
 def _answers(
     engine: Engine, tokenizer, problems: list[Problem], samples: int, seed: int, temperature: float, max_tokens: int
-) -> Iterator[tuple[Problem, list[Completion]]]:
-    """Every problem with its answers, in order; those of a group are made at once."""
+) -> Iterator[tuple[Problem, list[Completion], list[float]]]:
+    """Every problem with its answers and their scores, in order; those of a group are made, and scored, at once."""
     size = max(1, GROUP // samples)
     for start in range(0, len(problems), size):
         group = problems[start : start + size]
@@ -150,18 +171,9 @@ def _answers(
             for index, prompt in enumerate((prompt_ids(tokenizer, problem) for problem in group), start=start)
             for number in range(index * samples, (index + 1) * samples)
         ]
-        try:
-            made = engine.generate(requests)
-        except ContextLengthError:  # one of them; before any has begun
-            made = [_alone(engine, request) for request in requests]
+        made = generate_what_fits(engine, tokenizer, requests)
+        repeated = [problem for problem in group for _ in range(samples)]
+        scores = tasks.score_all(repeated, [answer.text for answer in made])
         for index, problem in enumerate(group):
-            yield problem, made[index * samples : (index + 1) * samples]
-
-
-def _alone(engine: Engine, request: Request) -> Completion:
-    """Its answer; none where the model cannot even read the prompt."""
-    try:
-        [answer] = engine.generate([request])
-    except ContextLengthError:
-        answer = Completion("", [], [], "length", len(request.prompt_ids))
-    return answer
+            mine = slice(index * samples, (index + 1) * samples)
+            yield problem, made[mine], scores[mine]

@@ -261,9 +261,10 @@ def source_ways(
     lines = right.splitlines()
     head = lines[:-1]
     number = draw.choice(list(re.finditer(r"\d+", right)) or [re.match("", right)])
+    dropped = draw.choice(range(1, len(head)) or [-1])  # none, where only the head and the return are there
     near = {
         "another program": str(draw.choice(others)),
-        "line dropped": "\n".join(line for line in lines if line != draw.choice(head[1:] or [""])),
+        "line dropped": "\n".join(line for place, line in enumerate(lines) if place != dropped),
         "another end": "\n".join([*head, str(draw.choice(others)).splitlines()[-1]]),
         "comparison turned": right.translate(str.maketrans("<>", "><")),
         "sign turned": right.translate(str.maketrans("+-", "-+")),

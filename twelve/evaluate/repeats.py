@@ -13,7 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from twelve.data.reasoning import split_reasoning
-from twelve.tasks.verify import final_answer, read_number
+from twelve.tasks.verify import final_answer, plain, read_number, tight
 
 MOST = 1000  # samples of a problem: beyond, the number of choices is no float
 
@@ -57,14 +57,16 @@ def agreement(votes: Sequence[Vote]) -> float:
 
 
 def vote(text: str, finished: bool = True) -> Vote:
-    """The answer that a text settles on, so that those which say the same are equal: a number and its unit, else words
-    whatever their case. A text without a marked answer says all that follows its reasoning, or, cut short, nothing."""
+    """The answer that a text settles on, so that those which say the same to the verifier are equal: a number and its
+    unit, else words whatever their case. A text without a marked answer says all that follows its reasoning, or, cut
+    short, nothing."""
     answer = final_answer(text)
     if answer is None and finished:
         answer = split_reasoning(text)[1]
-    if answer is None or not answer.strip():
+    if answer is None:
         return None
-    return read_number(answer) or " ".join(answer.split()).casefold()
+    answer = plain(answer)
+    return read_number(answer) or tight(answer).casefold() or None
 
 
 def _wins(own: int, others: Sequence[int], silent: int, k: int) -> float:

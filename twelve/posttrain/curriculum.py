@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from twelve import tasks
 from twelve.errors import InputError
 
 HOW = ("uniform", "curriculum")
@@ -32,6 +33,11 @@ class Cell:
     @property
     def key(self) -> str:
         return f"{self.task} {self.level} {self.language}"
+
+
+def serving(split: str, cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that have problems of a split: a file may be for training or for testing only."""
+    return [cell for cell in cells if getattr(tasks.get(cell.task), "split", "") in ("", split)]
 
 
 Gate = Callable[["Curriculum", Cell], bool]

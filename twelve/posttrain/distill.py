@@ -11,7 +11,7 @@ from typing import Any
 from twelve import convert, report, tasks
 from twelve.errors import InputError
 from twelve.files import FolderLock, read_json, write_json
-from twelve.posttrain.curriculum import Cell
+from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.logits import LogitsLesson
 from twelve.posttrain.on_policy import on_policy
 from twelve.posttrain.rl import cells_of
@@ -60,7 +60,7 @@ def distill(
     began = time.monotonic() if started is None else started
     if minutes is None and steps is None:
         minutes = MINUTES
-    cells = cells_of(task, level, language)
+    cells = cells_of(task, level, language, splits=("train",))
     if max_tokens is None:
         max_tokens = max(getattr(tasks.get(name), "MAX_TOKENS", MAX_TOKENS) for name in task)
     options = {
@@ -71,6 +71,8 @@ def distill(
         "minutes": minutes, "steps": steps, "seed": seed, "batch": batch, "context": context,
         "learning_rate": learning_rate, "lora": lora, "device": device,
     }  # fmt: skip
+    if files := tasks.fingerprints(map(str, task)):
+        options["task_sha256"] = files
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: name a folder with --out")
@@ -94,8 +96,10 @@ def distill(
     for number, row in enumerate(done, start=1):
         said = (f"{name.replace('_', ' ')} {value}" for name, value in row.items() if name not in ("model", "student"))
         print(f"stage {number}   {row['model']}: {row['student']}; {', '.join(said)}")
-    levels = sorted({cell.level for cell in cells})
-    following = f"twelve eval {done[-1]['model']} --task {' '.join(task)} --level {' '.join(map(str, levels))}"
+    following = f"twelve chat {done[-1]['model']}"
+    if measurable := serving("test", cells):
+        names, levels = dict.fromkeys(cell.task for cell in measurable), sorted({cell.level for cell in measurable})
+        following = f"twelve eval {done[-1]['model']} --task {' '.join(names)} --level {' '.join(map(str, levels))}"
     return {
         "model": done[-1]["model"], "stages": done, "report": str(page),
         "seconds": round(time.monotonic() - began, 1), "next": following,
@@ -154,6 +158,7 @@ def _earlier(folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         write_json(path, {"options": options, "stages": []})
     before = read_json(path)
+    tasks.require_unchanged(before["options"].get("task_sha256", {}))
     for key, value in options.items():
         if before["options"].get(key) != value:
             raise InputError(

@@ -21,6 +21,8 @@ from twelve.data.chat import check_messages, encode_prompt, split_reasoning
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Request, sub_seed
 from twelve.errors import InputError
+from twelve.evaluate.accuracy import generate
+from twelve.heap import give_back
 from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.rewards import HANGUL
 from twelve.posttrain.rollout import Group
@@ -126,14 +128,20 @@ class Judged(Reinforcement):
     """Reinforcement in which GENERAL of a step's problems are conversations that a judge scores."""
 
     def __init__(self, *arguments: Any, judge: Judge) -> None:
-        super().__init__(*arguments)
         self.judge = judge
+        super().__init__(*arguments)
         self.general = max(1, round(GENERAL * self.prompts))
         self.prompts = max(1, self.prompts - self.general)
+
+    def _longest_prompt(self) -> int:
+        general = (len(encode_prompt(self.tokenizer, messages)) for messages in self.judge.prompts)
+        return max(super()._longest_prompt(), *general)
 
     def rollout(self) -> list[Group]:
         """As Reinforcement's. InputError when the judge fails, once what was learnt so far is saved."""
         self.model.eval()
+        if self.phases.apart:
+            give_back()  # as in Reinforcement's, before the first answers
         groups = self._sample_general(f"{self.plan.seed} {self.step}")
         try:
             self._judge(groups)
@@ -147,7 +155,7 @@ class Judged(Reinforcement):
         prompts = [encode_prompt(self.tokenizer, messages) for messages in drawn]
         base = Random(f"answers {seed}").getrandbits(31)
         repeated = [prompt for prompt in prompts for _ in range(self.group)]
-        answers = iter(self.engine.generate([
+        answers = iter(generate(self.engine, self.tokenizer, [
             Request(prompt, self.max_tokens, self.temperature, seed=sub_seed(base, index), logprobs=True)
             for index, prompt in enumerate(repeated)
         ]))  # fmt: skip

@@ -20,7 +20,7 @@ from twelve.lora import attach
 from twelve.model import Transformer
 from twelve.posttrain.curriculum import Cell
 from twelve.posttrain.divergence import reverse_kl
-from twelve.posttrain.rollout import Group, Rows, rows_of, sample
+from twelve.posttrain.rollout import Group, Rows, fitting, rows_of, sample
 from twelve.posttrain.teacher import require_one_vocabulary
 from twelve.posttrain.traces import problem_stream
 from twelve.train.loop import Trainer
@@ -77,7 +77,7 @@ class OnPolicy(Trainer):
         count = self.plan.batch_size // group
         if step != self.next:
             stream = problem_stream([Cell(*cell) for cell in options["cells"]], options["seed"])
-            self.stream = islice(stream, step * count, None)
+            self.stream = islice(fitting(self.tokenizer, stream, self.engine.context), step * count, None)
         problems, self.next = list(islice(self.stream, count)), step + 1
         self.model.eval()
         self.engine.forget()

@@ -16,10 +16,11 @@ from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import GROUP
 from twelve.files import atomic_write
-from twelve.posttrain.curriculum import Cell
+from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.reinforcement import pooled, score
 from twelve.posttrain.rewards import Rewards, language_share, well_formed
-from twelve.posttrain.rollout import sample
+from twelve.posttrain.rl import trained_on
+from twelve.posttrain.rollout import fitting, sample
 from twelve.posttrain.stages import Progress
 
 
@@ -32,12 +33,11 @@ def measure(
     began = time.monotonic()
     network, tokenizer = convert.load(model, device=device, packed=True)
     engine = Engine(network, tokenizer, speculation="off")
-    each = -(-problems // len(cells))
-    asked = [
-        problem
-        for cell in cells
-        for problem in islice(tasks.problems(cell.task, "test", 0, [cell.level], [cell.language]), each)
-    ]
+    cells = serving("test", cells)
+    each, asked = -(-problems // len(cells)), []
+    for cell in cells:
+        stream = tasks.problems(cell.task, "test", 0, [cell.level], [cell.language])
+        asked += islice(fitting(tokenizer, stream, engine.context), each)
     groups = []
     for start in range(0, len(asked), GROUP):
         groups += sample(engine, tokenizer, asked[start : start + GROUP], 1, max_tokens, temperature=0.0, seed=0)
@@ -104,15 +104,15 @@ def write_report(folder: Path, progress: Progress, quiet: bool) -> None:
             print("   ".join(f"{name} {value}" for name, value in line.items() if value != ""))
 
 
-def card(folder: Path, progress: Progress) -> str:
+def card(folder: Path, progress: Progress, cells: Sequence[Cell]) -> str:
     """The model card."""
     options = progress.options
     return render(
         folder, f"Made from `{options['model']}` by the recipe {options['recipe']}, on checkable tasks. Right answers "
         "are greedy ones to held-out problems, ± one standard error.",
         verb="rl", config=convert.load_config(folder / progress.stages[-1]["name"]), parents=[options["model"]],
-        data=[f"problems of the task `{name}`" for name in options["task"]], seed=options["seed"],
-        languages=options["language"] or tasks.LANGUAGES, measured=lines(progress), options=options,
+        data=trained_on(cells), seed=options["seed"], languages={cell.language for cell in cells},
+        measured=lines(progress), options=options,
         limits="It was trained for these tasks, and may have become worse at others.",
     )  # fmt: skip
 

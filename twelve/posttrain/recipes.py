@@ -25,7 +25,7 @@ from twelve.posttrain.recipe_report import card, figures, measure, publish, writ
 from twelve.posttrain.rl import ADAPTERS_FROM, MAX_TOKENS, MINUTES, RANK, cells_of, rl
 from twelve.posttrain.stages import Progress
 from twelve.posttrain.teacher import open_teacher
-from twelve.posttrain.traces import collect, problem_stream, read_traces, select, write_traces
+from twelve.posttrain.traces import NothingPassed, collect, problem_stream, read_traces, select, write_traces
 from twelve.train.plan import Plan
 from twelve.train.sft import sft
 
@@ -91,6 +91,8 @@ def follow(
         "minutes": minutes, "steps": steps, "seed": seed, "max_tokens": max_tokens, "problems": problems, "lora": lora,
         "device": device, **reinforcement,
     }  # fmt: skip
+    if files := tasks.fingerprints(options["task"]):
+        options["task_sha256"] = files
     stages = _stages(options)
     cells = cells_of(task, level, language)
     source, folder = convert.resolve(model), Path(out)
@@ -170,9 +172,12 @@ class _Chain:
                 continue
             folder = self.folder / stage.name
             plan = Plan.load(folder)
-            if plan is None:  # its length is not fixed yet
+            if plan is None or (stage.rewards and not plan.complete):  # fine-tuning that has begun keeps its length
                 begun |= self._allot(index)
                 self.progress.save()
+                if plan is not None:
+                    plan.options["minutes"] = begun.get("minutes")
+                    plan.save(folder)
             if not self.options["quiet"]:
                 print(f"\nstage {index + 1} of {len(self.stages)}: {folder}", flush=True)
             if plan is None or not plan.complete:  # else killed before it was measured
@@ -180,7 +185,7 @@ class _Chain:
             begun |= _record(folder)
             self._measured(stage.name, folder)
         write_report(self.folder, self.progress, self.options["quiet"])
-        publish(self.folder / self.stages[-1].name, self.folder, card(self.folder, self.progress))
+        publish(self.folder / self.stages[-1].name, self.folder, card(self.folder, self.progress, self.cells))
 
     def _measured(self, name: str, model: str | Path) -> None:
         """Put the measure of a stage's model, and the time since the last one, into the record."""
@@ -191,12 +196,14 @@ class _Chain:
             row["measured"] = measure(
                 model, self.cells, self.options["problems"], self.options["max_tokens"], self.options["device"]
             )
+            tasks.require_unchanged(self.options.get("task_sha256", {}))
             row["seconds"] = round(max(row["seconds"], time.monotonic() - self.began), 1)
             self.progress.save()
         self.began = time.monotonic()
 
     def _allot(self, index: int) -> dict[str, Any]:
-        """The stage's part of the minutes that are left, or of the steps."""
+        """The stage's part of the minutes that are left, or of the steps. A resume finds the same, unless it asks for
+        other minutes."""
         shares = [stage.share for stage in self.stages]
         if self.options["minutes"] is None:
             spare = self.options["steps"] - len(shares)  # a step for each is sure
@@ -273,9 +280,7 @@ class _Chain:
                     problems=2 * options["traces"], samples=SAMPLES, max_tokens=options["max_tokens"],
                     seed=options["seed"], seconds=seconds, quiet=options["quiet"],
                 )  # fmt: skip
-            except InputError as error:
-                if sampled.exists() and sampled.stat().st_size:
-                    raise
+            except NothingPassed as error:
                 raise InputError(
                     f"no answer of {teacher} passed the checker, a pass rate of 0%, so there is nothing to learn from: "
                     "choose easier levels, allow more --max-tokens, or give a --cold-start; what was trained is kept"

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ from twelve.evaluate.accuracy import prompt_ids, task_accuracy
 from twelve.heap import give_back
 from twelve.model import Transformer
 from twelve.posttrain import health, memory
-from twelve.posttrain.curriculum import Cell, Curriculum
+from twelve.posttrain.curriculum import Cell, Curriculum, serving
 from twelve.posttrain.grpo import Objective, advantages, answer_weights, policy_loss
 from twelve.posttrain.rewards import Rewards, language_share, well_formed
-from twelve.posttrain.rollout import Group, Rows, logprobs, rows_of, sample
+from twelve.posttrain.rollout import Group, Rows, fitting, logprobs, rows_of, sample
 from twelve.train.checkpoint import load_checkpoint
 from twelve.train.loop import Trainer
 from twelve.train.plan import Plan
@@ -55,21 +54,23 @@ class Reinforcement(Trainer):
         rewards: Rewards, reference: Transformer | None = None,
     ) -> None:  # fmt: skip
         super().__init__(model, plan, folder)
-        self.tokenizer, self.cells, self.objective, self.rewards = tokenizer, list(cells), objective, rewards
+        self.tokenizer, self.objective, self.rewards = tokenizer, objective, rewards
+        self.cells, self.measured = serving("train", cells), serving("test", cells)
         self.reference = reference
         options = plan.options
         self.prompts, self.group = options["prompts"], options["group"]
         self.max_tokens, self.temperature = options["max_tokens"], options["temperature"]
         self.healthy = folder / "training" / "healthy.safetensors"
         self._ended: str | None = None
+        self.room = model.config.max_position_embeddings  # a prompt has fewer tokens
         self.engine, self.phases = self._make_engine()
         self.routers = [layer.gate for layer in model.moe_layers()]
 
     def _make_engine(self) -> tuple[Engine, memory.Phases]:
         """The engine over the model's weights, with as much memory for keys and values as the limit leaves."""
         parameters = sum(parameter.nbytes for parameter in self.parameters)
-        prompt = max(len(prompt_ids(self.tokenizer, problem)) for problem in self._problems(self.cells, "longest"))
-        longest = min(5 * prompt // 4 + self.max_tokens, self.model.config.max_position_embeddings)  # others are longer
+        prompt = self._longest_prompt()
+        longest = min(5 * prompt // 4 + self.max_tokens, self.room)  # others are longer
         runner = make_runner(self.model, self.tokenizer.vocab_size)  # moves the weights: not before their memory counts
         fixed = memory.resident() + 3 * parameters  # gradients and the two averages are not there yet
         shared = prompt // PAGE  # full pages of a prompt, which its answers share
@@ -77,7 +78,14 @@ class Reinforcement(Trainer):
         limit = self.plan.options["memory"]
         phases = memory.fit(limit, fixed, runner.page_bytes, pages, self.model.config, longest)
         kv = {"kv_memory": phases.kv_memory, "speculation": "off"}
-        return Engine(self.model, self.tokenizer, **kv, runner=runner), phases
+        engine = Engine(self.model, self.tokenizer, **kv, runner=runner)
+        if (held := engine.pool.count * PAGE) < self.room:  # keys and values of one answer must fit, too
+            self.room = held - self.max_tokens + 1
+        return engine, phases
+
+    def _longest_prompt(self) -> int:
+        """Tokens of the longest of a few prompts."""
+        return max(len(prompt_ids(self.tokenizer, problem)) for problem in self._problems(self.cells, "longest"))
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -114,6 +122,7 @@ class Reinforcement(Trainer):
         if self.phases.apart:
             self.engine.release()
         score(groups, self.rewards, self.max_tokens)
+        self._require_same_tasks()
         for cell, group in zip(cells, groups, strict=True):
             self.curriculum.record(cell, _mean(group.scores))
         return groups
@@ -133,7 +142,7 @@ class Reinforcement(Trainer):
         updates = min(self.plan.options["updates"], len(kept))
         parts = [kept[part::updates] for part in range(updates)]
         before = [self._read([groups[index] for index in part]) for part in parts] if updates > 1 else None
-        totals: Counter[str] = Counter()
+        totals = Counter(answers=sum(len(groups[index].answers) for index in kept))
         norms = []
         # fewer groups make a noisier direction: the step shrinks with them, since AdamW's does not by itself
         rate = self.plan.learning_rate * min(1.0, (self.step + 1) / self.plan.warmup) * len(kept) / len(groups)
@@ -204,13 +213,13 @@ class Reinforcement(Trainer):
 
     def _same_policy(self, mine: Tensor, rows: Rows, answers: Tensor, totals: Counter) -> Tensor:
         """1 for each of the `answers` [A] that trainer and sampler gave the same log-probabilities, 0 for another; the
-        largest difference goes to `totals`. InputError when they do not run the same policy."""
+        largest difference goes to `totals`, those of the step. InputError when they do not run the same policy."""
         apart = (mine - rows.sampled).abs().to(answers)
         worst = torch.zeros_like(answers).scatter_reduce(0, rows.answers, apart, "amax")
         differs = ~(worst <= DIFFERENCE)
         totals["difference"] = max(totals["difference"], worst[~differs].max().item() if not differs.all() else 0.0)
         totals["flipped"] += int(differs.sum())
-        if totals["flipped"] > (max(1, FLIPPED * len(answers)) if self.routers else 0):
+        if totals["flipped"] > (max(1, FLIPPED * totals["answers"]) if self.routers else 0):
             raise InputError(
                 f"the sampler's and the trainer's log-probabilities differ by {worst.max().item():.2g} at step "
                 f"{self.step + 1}, more than {DIFFERENCE:g}: they do not run the same model, so nothing can be learnt"
@@ -231,13 +240,19 @@ class Reinforcement(Trainer):
 
     def measure(self) -> list[dict[str, Any]]:
         """Accuracy on held-out problems of every cell, greedily."""
-        each = -(-self.plan.options["problems"] // len(self.cells))
+        each = -(-self.plan.options["problems"] // len(self.measured))
         self.model.eval()
-        return [
+        found = [
             task_accuracy(self.engine, self.tokenizer, cell.task, cell.language, cell.level, each,
                           max_tokens=self.max_tokens).to_dict()
-            for cell in self.cells
+            for cell in self.measured
         ]  # fmt: skip
+        self._require_same_tasks()
+        return found
+
+    def _require_same_tasks(self) -> None:
+        """InputError before anything is learnt, or told, of a task whose file was changed during the run."""
+        tasks.require_unchanged(self.plan.options.get("task_sha256", {}))
 
     def outcome(self) -> dict[str, Any]:
         if self.memory.get("collapsed") and self.healthy.exists():
@@ -314,13 +329,12 @@ class Reinforcement(Trainer):
         ]  # fmt: skip
 
     def _problems(self, cells: Sequence[Cell], purpose: Any) -> list[tasks.Problem]:
-        """A problem for each cell, in order: a function of seed and purpose."""
-        wanted = Counter(cells)
+        """A problem for each cell, in order, whose prompt leaves room for an answer: a function of seed and purpose."""
         seed = _number(self.plan.seed, "problems", purpose)
-        found = {
-            cell: islice(tasks.problems(cell.task, "train", seed, [cell.level], [cell.language]), count)
-            for cell, count in wanted.items()
+        streams = {
+            cell: tasks.problems(cell.task, "train", seed, [cell.level], [cell.language]) for cell in set(cells)
         }
+        found = {cell: fitting(self.tokenizer, stream, self.room) for cell, stream in streams.items()}
         return [next(found[cell]) for cell in cells]
 
 

@@ -13,7 +13,7 @@ from twelve import convert, tasks
 from twelve.errors import InputError
 from twelve.lora import attach
 from twelve.model import Transformer, count_parameters
-from twelve.posttrain.curriculum import HOW, Cell
+from twelve.posttrain.curriculum import HOW, Cell, serving
 from twelve.posttrain.grpo import Objective
 from twelve.posttrain.judge import Judge, Judged
 from twelve.posttrain.reinforcement import Reinforcement
@@ -86,9 +86,13 @@ def rl(
         if not lora:
             convert.require_floats(source)
         words = convert.load_tokenizer(source)
-        if plan is None:
+        if plan is not None:
+            tasks.require_unchanged(plan.options.get("task_sha256", {}))
+        else:
+            files = tasks.fingerprints(map(str, task))
+            asked = options | ({"task_sha256": files} if files else {})
             plan = Plan(
-                stage="rl", options=options, config=config.to_dict(), data={}, batch_size=prompts * group,
+                stage="rl", options=asked, config=config.to_dict(), data={}, batch_size=prompts * group,
                 micro_batch_size=prompts * group, context=config.max_position_embeddings, learning_rate=learning_rate,
                 seed=seed, threads=torch.get_num_threads(), precision="float32", muon=False, weight_decay=0.0, warmup=5,
             )  # fmt: skip
@@ -100,15 +104,19 @@ def rl(
             kind = partial(Judged, judge=judge) if judge else Reinforcement
             return kind(network, words, plan, folder, cells, objective, rewards, reference)
 
-        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures), chats=True)
+        return Prepared(plan, make_trainer, words, lambda figures: _about(plan, figures, cells), chats=True)
 
     return run("rl", out, options, prepare, minutes, steps, started, quiet)
 
 
-def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequence[str] | None) -> list[Cell]:
+def cells_of(
+    task: Sequence[str], level: Sequence[int] | None, language: Sequence[str] | None,
+    splits: Sequence[str] = ("train", "test"),
+) -> list[Cell]:  # fmt: skip
     """Every task with every level and language, of those asked for or else of the task's own; each is tried.
 
-    InputError for what a task does not have.
+    splits: what they are needed for; a file that is for one of them only needs another for the other. InputError for
+    what a task does not have.
     """
     cells = [
         Cell(str(name), each, code)
@@ -118,8 +126,12 @@ def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequenc
     ]
     for name in task:
         tasks.check(name)
+    for split in splits:
+        if not serving(split, cells):
+            names = ", ".join(dict.fromkeys(cell.task for cell in cells))
+            raise InputError(f"{names}: nothing here is for {split}; name a task for it, too, like FILE.jsonl#{split}")
     for cell in cells:
-        for split in ("train", "test"):
+        for split in [split for split in splits if serving(split, [cell])] or splits:
             if next(tasks.problems(cell.task, split, 0, [cell.level], [cell.language]), None) is None:
                 raise InputError(
                     f"{cell.task} has no problems for {split}, level {cell.level}, {cell.language}: of few rows all "
@@ -128,21 +140,26 @@ def cells_of(task: Sequence[str], level: Sequence[int] | None, language: Sequenc
     return cells
 
 
+def trained_on(cells: Sequence[Cell]) -> list[str]:
+    """A line for each of their tasks, but for those that only measure."""
+    return [f"problems of the task `{name}`" for name in dict.fromkeys(cell.task for cell in serving("train", cells))]
+
+
 def _load(source: Path, rank: int, device: torch.device, seed: int) -> Transformer:
     """The model to train; with adapters, the frozen weights stay as they are stored."""
     model, _ = convert.load(source, device=device, dtype=torch.float32, packed=bool(rank))
     return attach(model, rank, seed=seed) if rank else model
 
 
-def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+def _about(plan: Plan, figures: dict[str, Any], cells: Sequence[Cell]) -> dict[str, Any]:
     o = plan.options
     how = {"grpo": "reinforcement learning (GRPO)", "rejection": "SFT on its own right answers"}[o["method"]]
     adapters = f", through adapters of rank {o['lora']}" if o["lora"] else ""
     return {
         "made": f"Made from `{o['model']}` by {how} on checkable tasks{adapters}.",
         "parents": [o["model"]],
-        "data": [f"problems of the task `{name}`" for name in o["task"]],
-        "languages": o["language"] or tasks.LANGUAGES,
+        "data": trained_on(cells),
+        "languages": {cell.language for cell in cells},
         "measured": {
             "held-out problems right before": f"{figures['accuracy_before']:.1%}",
             "after": f"{figures['accuracy_after']:.1%} ± {figures['standard_error']:.1%} (one standard error)",

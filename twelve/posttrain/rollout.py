@@ -6,7 +6,7 @@ With a prompt of 70 tokens and 8 answers of 16 that is a third of the arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Completion, Engine, Request, sub_seed
-from twelve.evaluate.accuracy import prompt_ids
+from twelve.errors import InputError
+from twelve.evaluate.accuracy import generate, prompt_ids
 from twelve.model import Transformer
 from twelve.model.branches import Branches
 from twelve.model.layers import linear_logprobs
 from twelve.model.moe import Routing
 from twelve.tasks import Problem
+
+PATIENCE = 200  # problems in a row that do not fit, after which none is thought to
 
 
 @dataclass
@@ -44,11 +47,27 @@ def sample(
         for index, prompt in enumerate(prompts)
         for one in range(group)
     ]
-    answers = engine.generate(requests)
+    answers = generate(engine, tokenizer, requests)
     return [
         Group(problem, prompt, answers[index * group : (index + 1) * group])
         for index, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
     ]
+
+
+def fitting(tokenizer: Tokenizer, problems: Iterable[Problem], room: int) -> Iterator[Problem]:
+    """Those of the problems whose prompts have fewer than `room` tokens. InputError where hardly any has."""
+    missed = 0
+    for problem in problems:
+        if len(prompt_ids(tokenizer, problem)) < room:
+            missed = 0
+            yield problem
+            continue
+        missed += 1
+        if missed == PATIENCE:
+            raise InputError(
+                f"the problems of {problem.task}, level {problem.level} in {problem.language}, are too long: no prompt "
+                f"of {PATIENCE} has fewer than {room:,} tokens; choose other levels or a model with a longer context"
+            )
 
 
 # --- reading them again -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from twelve import tasks
 from twelve.errors import InputError
 from twelve.files import read_json, write_json
 
@@ -25,6 +26,7 @@ class Progress:
         if not self.path.exists():
             return
         earlier = read_json(self.path)
+        tasks.require_unchanged(earlier["options"].get("task_sha256", {}))
         for key, value in self.options.items():
             before = earlier["options"].get(key)
             if before != value and key not in free:

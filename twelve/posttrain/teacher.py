@@ -19,12 +19,11 @@ from random import Random
 from typing import Any, NamedTuple
 
 from twelve import convert
-from twelve.data.chat import opens_reasoning, render
 from twelve.data.reasoning import CLOSE, OPEN
 from twelve.data.tokenizer import Tokenizer
 from twelve.engine import Engine, Request, sub_seed
 from twelve.errors import InputError
-from twelve.evaluate.accuracy import asked, prompt_ids
+from twelve.evaluate.accuracy import asked, generate_what_fits, prompt_ids
 from twelve.tasks import Problem
 
 RETRIES = (0.5, 2.0, 6.0)  # seconds before each further try
@@ -65,15 +64,9 @@ class LocalTeacher:
             for problem, seed in zip(problems, seeds, strict=True)
             for one in range(n)
         ]
-        completions = iter(self.engine.generate(requests))
-        for index, problem in enumerate(problems):
-            opened = OPEN if self._opens(problem) else ""
-            yield index, [Answer(opened + one.text, one.finish_reason == "stop") for one in islice(completions, n)]
-
-    def _opens(self, problem: Problem) -> bool:
-        """Whether the prompt itself opens the reasoning, which the answer then lacks."""
-        has_template = self.tokenizer.chat_template is not None
-        return has_template and opens_reasoning(render(self.tokenizer, asked(problem)))
+        completions = iter(generate_what_fits(self.engine, self.tokenizer, requests))
+        for index in range(len(problems)):
+            yield index, [Answer(one.text, one.finish_reason == "stop") for one in islice(completions, n)]
 
 
 @dataclass

@@ -23,11 +23,11 @@ from twelve import tasks
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import asked
 from twelve.files import atomic_write
-from twelve.posttrain.curriculum import Cell
+from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.teacher import EndpointError, Teacher
 from twelve.tasks import Problem
 
-WINDOW = 16  # problems asked together; a stop costs at most those of one window that nobody solved
+WINDOW = 16  # problems asked together; after a stop, what nobody solved is asked again from the last solved one's on
 HOPELESS = 16  # windows without one accepted answer after which there is no point in going on
 FEATURES = 512  # dimensions that n-grams are hashed into
 GRAM = 4  # characters
@@ -35,8 +35,14 @@ GRAM = 4  # characters
 Trace = dict[str, Any]  # messages, task, level, language, pass_rate, problem
 
 
+class NothingPassed(InputError):
+    """The verifier let nothing through."""
+
+
 def problem_stream(cells: Sequence[Cell], seed: int = 0) -> Iterator[Problem]:
-    """Training problems without end, of each task, level and language in turn. InputError for one that has none."""
+    """Training problems without end, of each task, level and language in turn; those that are for testing only are left
+    out. InputError for one that has none."""
+    cells = serving("train", cells)
     streams = [
         tasks.problems(cell.task, "train", seed * len(cells) + index, [cell.level], [cell.language])
         for index, cell in enumerate(cells)
@@ -54,12 +60,14 @@ def collect(
     quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Ask `samples` answers to each of `problems` problems, and append what passes the verifier to the JSONL `path`.
+    Every problem that was solved has a line there, even where an earlier one asked the same and had the same answers.
 
     `teachers` are those of a task by its name, and under None those of every other; several take turns. Stops early
     when `seconds` are over. What is written stays: the same call again goes on behind the last problem in the file.
     Returns {"problems", "samples", "accepted", "pass_rate"}.
 
-    InputError when nothing passes, and when an endpoint stops answering: with what there is, and how to go on.
+    NothingPassed when that is so; InputError when an endpoint stops answering, with what there is and how to go on, and
+    when the file of a task changes meanwhile.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +77,8 @@ def collect(
     window = max(solved, default=0) // WINDOW
     first = window * WINDOW
     stream = islice(problem_stream(cells, seed), first, problems)
-    tried, accepted = first, len(traces)
+    tried, accepted = first, len(known)
+    files = tasks.fingerprints(cell.task for cell in cells)
     bar = tqdm(total=problems, initial=first, desc="traces", unit="problem", disable=quiet)
     with open(path, "a", encoding="utf-8") as file, bar:
         while batch := list(enumerate(islice(stream, WINDOW), start=tried)):
@@ -78,11 +87,14 @@ def collect(
                 break
             try:
                 for number, problem, texts in _answers(batch, solved, teachers, samples, max_tokens, temperature, seed):
-                    passed = [trace for trace in _accepted(problem, texts, number) if _text(trace) not in known]
-                    known.update(map(_text, passed))
-                    file.write("".join(json.dumps(trace, ensure_ascii=False) + "\n" for trace in passed))
+                    passed = _accepted(problem, texts, number)
+                    tasks.require_unchanged(files)
+                    new = [trace for trace in passed if _text(trace) not in known]
+                    known.update(map(_text, new))
+                    lines = (json.dumps(trace, ensure_ascii=False) + "\n" for trace in new or passed[:1])
+                    file.write("".join(lines))
                     file.flush()
-                    accepted += len(passed)
+                    accepted += len(new)
             except EndpointError as error:
                 kept = f"{accepted:,} traces are kept in {path}"
                 raise InputError(f"{error}; {kept}: run the same command again to go on") from error
@@ -93,7 +105,7 @@ def collect(
                 break
     if not accepted:
         names = ", ".join({cell.task: None for cell in cells})
-        raise InputError(
+        raise NothingPassed(
             f"nothing passed the verifier: 0 of {tried * samples:,} answers to {tried:,} problems of {names}, a pass "
             "rate of 0%: choose easier levels, more --max-tokens or a better teacher"
         )
@@ -171,7 +183,7 @@ def write_traces(path: str | Path, traces: Sequence[Trace]) -> None:
 
 
 def select(traces: Sequence[Trace], count: int, seed: int = 0, how: str = "best") -> list[Trace]:
-    """`count` of the traces (all, where there are no more), in their order.
+    """`count` of the traces (all, where there are no more), in their order; of those that say the same, the first.
 
     "best" spreads them evenly over tasks, levels and languages. In each of these it takes, one after the other, what
     is most useful: a problem that the teacher solves sometimes (4 p (1 - p), from 0 to 1) plus the distance of the
@@ -180,8 +192,12 @@ def select(traces: Sequence[Trace], count: int, seed: int = 0, how: str = "best"
     """
     if how not in ("best", "random"):
         raise InputError(f"unknown selection {how!r}: best or random")
+    first: dict[str, Trace] = {}
+    for trace in traces:
+        first.setdefault(_text(trace), trace)
+    traces = list(first.values())
     if count >= len(traces):
-        return list(traces)
+        return traces
     if how == "random":
         return [traces[index] for index in sorted(Random(seed).sample(range(len(traces)), count))]
     cells = defaultdict(list)

@@ -6,8 +6,9 @@ score(problem, text) -> float               0 to 1, for what a model answered
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
@@ -19,7 +20,10 @@ from twelve.errors import InputError
 from twelve.tasks.adapters import JsonlTask, WorkerTask
 from twelve.tasks.problem import LANGUAGES, Problem, is_held_out
 
-__all__ = ["LANGUAGES", "Problem", "check", "get", "is_held_out", "names", "problems", "score_all"]
+__all__ = [
+    "LANGUAGES", "Problem", "check", "fingerprints", "get", "is_held_out", "names", "problems", "require_unchanged",
+    "score_all",
+]  # fmt: skip
 
 NAMES = (
     "arithmetic", "word_problems", "countdown", "equations", "sorting", "calendar_clock", "units", "logic", "sequences",
@@ -128,3 +132,25 @@ def check(name: str) -> None:
             raise InputError(
                 f"{name}: the reference answer {answer!r:.40} scores {best:g} by its own scorer; question: {asked:.80}"
             )
+
+
+def fingerprints(names: Iterable[str]) -> dict[str, str]:
+    """Of the tasks that are files, by name, the SHA-256: what they ask and how they score."""
+    paths = {name: Path(name.partition("#")[0]) for name in names}
+    return {name: _digest(path, path.stat().st_mtime_ns) for name, path in paths.items() if path.is_file()}
+
+
+def require_unchanged(before: Mapping[str, str]) -> None:
+    """InputError when a task's file is no longer the one that `before`, its fingerprints, were taken of."""
+    now = fingerprints(before)
+    for name, digest in before.items():
+        if now.get(name) != digest:
+            raise InputError(
+                f"{name} is not the file that this run began with: put that back and run the same command again, or "
+                "begin in another folder"
+            )
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, changed: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -102,7 +102,7 @@ class JsonlTask:
     `Answer`), or `question`, `problem` or `prompt` with `answer` or `solution` or both.
 
     One row in ten is for testing, by its content, unless the name says what the file is for: `gsm8k-test.jsonl#test` or
-    `gsm8k-train.jsonl#train`.
+    `gsm8k-train.jsonl#train`. RL takes both: it learns from the one and is measured by the other.
     """
 
     LEVELS, LARGEST_LEVEL = (1,), 1

@@ -11,7 +11,7 @@
         return {"question": f"{a} + {b}?", "answer": a + b, "steps": f"{a}+{b}={a + b}"}
 
     def score(problem, text):       # may be left out: then the final answer must be equal to the reference
-        return f"<answer>{problem['answer']}</answer>" in text
+        return final_answer(text) == str(problem["answer"])  # of twelve.tasks.verify; not in its reasoning
 
 `generate` gives a Problem or a dict; what a dict holds beyond the fields of a Problem goes into its `data`.
 """

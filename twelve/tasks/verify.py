@@ -98,11 +98,11 @@ def is_equal(answer: str, given: str) -> bool:
     """Whether an answer, alone, says the same as the reference."""
     if len(given) > LONGEST or len(answer) > LONGEST:
         return False
-    answer, given = _plain(answer), _plain(given)
+    answer, given = plain(answer), plain(given)
     expected = read_number(answer, blanks=False)  # "1 234" may be two numbers: in a reference it is no 1234
     if expected is not None:
         return read_number(given) == expected
-    answer, given = _tight(answer), _tight(given)
+    answer, given = tight(answer), tight(given)
     if TEXT.fullmatch(answer):
         answer, given = answer.casefold(), given.casefold()
     if answer == given:
@@ -147,7 +147,7 @@ def integer_score(answer: int, text: str) -> float:
     return answer_score(answer, text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """One spelling of the same characters and of the simpler LaTeX."""
     text = unicodedata.normalize("NFC", text).translate(PLAIN).strip()
     if len(text) > 1 and text[0] == text[-1] == "$":
@@ -157,8 +157,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).removesuffix(".").removesuffix("。").rstrip()
 
 
-def _tight(text: str) -> str:
-    """A blank separates two numbers or words; beside anything else it does not count."""
+def tight(text: str) -> str:
+    """A blank separates two numbers or words of Latin letters; beside anything else it does not count. Nor does it in
+    Korean, which writes compounds with it and without."""
     return re.sub(r"(?<![0-9A-Za-z+.-]) | (?![0-9A-Za-z+.-])", "", text)
 
 

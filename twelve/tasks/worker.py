@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -147,6 +148,8 @@ class Worker:
 def _end(process: subprocess.Popen, descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # and whatever the code has started; it leads a session of its own
     process.kill()
     process.wait()
 
