@@ -30,17 +30,34 @@ def compile_library(name: str, source: Path, others: list[Path], message: str) -
     key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     target = cache / f"{name}-{key}.so"
     try:
-        if not target.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / target.name
-                print(f"twelve: {message}", file=sys.stderr)
-                command = [compiler, *FLAGS, str(source), "-o", str(made)]
-                subprocess.run(command, check=True, capture_output=True, timeout=300)
-                os.replace(made, target)
+        if target.exists():
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:
+                if not os.access(target, os.X_OK):  # nothing in this folder may run, a new one neither
+                    raise
+        print(f"twelve: {message}", file=sys.stderr)
+        _compile([compiler, *FLAGS, str(source)], target)
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"twelve: going on without that, more slowly: {_reason(error)}", file=sys.stderr)
         return None
+
+
+def _compile(command: list[str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave half of it under the name
+        os.replace(made, target)
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of what a compiler says its first error."""
+    said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+    return next((line for line in said if "error" in line), said[-1] if said else str(error))
 
 
 def cache_folder() -> Path:

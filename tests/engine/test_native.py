@@ -14,6 +14,7 @@ from twelve.engine import describe, native
 from twelve.engine.runner import PAGE, PlainRunner, Step
 from twelve.engine.sampler import draw, log_probabilities, seed_key
 from twelve.engine.scheduler import before
+from twelve.errors import InputError
 from twelve.quantize import Form, forms_of, pack, packable, replace
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler on this machine")
@@ -256,6 +257,24 @@ def test_the_draw_equals_numpys(temperature, top_p):
     assert len(set(tokens)) > 5
     targets = Step(**{**vars(step), "targets": np.roll(text, -1)})
     np.testing.assert_allclose(runner.step(targets)[1], log_probabilities(logits, np.roll(text, -1)), atol=2e-6)
+
+
+@pytest.mark.parametrize("token", [0, 20, 100, -1])
+def test_one_logit_that_is_no_number_is_told(token):
+    model = model_of("v3")
+    vocab = model.config.vocab_size
+    assert vocab % 16, "the last token is none of a whole sixteen"
+    with torch.no_grad():
+        model.head_weight[token] = float("nan")
+    [text] = sequences(vocab, (5,))
+    for kind in (native.NativeRunner, PlainRunner):
+        runner = kind(model, vocab)
+        runner.allocate(1)
+        one = np.ones(1, np.float32)
+        step = Step(text, np.array([0, 5]), np.array([0]), np.zeros((1, 1), np.int32), np.array([4]), one, one,
+                    np.zeros((1, 4), np.uint32))  # fmt: skip
+        with pytest.raises(InputError, match="not a number"):
+            runner.step(step)
 
 
 def test_drafts_equal_the_plain_modules():

@@ -6,6 +6,7 @@ import torch
 
 from twelve.config import ModelConfig, small_v3
 from twelve.engine import Engine, Request
+from twelve.engine.engine import make_engine
 from twelve.engine.runner import PAGE, PlainRunner, Step, model_identity
 from twelve.engine.sampler import draw, seed_key
 from twelve.engine.scheduler import before
@@ -274,6 +275,35 @@ def test_changed_weights_are_used_once_the_engine_forgets():
         parameter.data.mul_(1.1)
     engine.forget()
     assert engine.generate([request])[0].token_ids == engine_for(model).generate([request])[0].token_ids
+
+
+def test_those_under_way_go_on_with_the_changed_weights():
+    model, prompt = random_model(V3), random_ids(140)
+    engine = engine_for(model, speculation="off")
+    deltas = engine.stream(Request(prompt, 20, temperature=0))
+    head = [token for _ in range(8) for token in next(deltas).token_ids]
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    engine.forget()
+    tail = [token for delta in deltas for token in delta.token_ids]
+    assert len(head) > 3 and len(tail) > 3
+    request = Request([*prompt, *head], len(tail), temperature=0)
+    assert engine_for(model).generate([request])[0].token_ids == tail
+
+
+def test_exact_and_approximate_engines_share_a_folder_and_no_page(tmp_path, monkeypatch):
+    model, hashed = random_model(V3, torch.float32), []
+    monkeypatch.setattr("twelve.engine.engine.model_identity", lambda *of: hashed.append(of) or model_identity(*of))
+
+    def run(**options):
+        engine = make_engine(model, Numbers(), kv_memory=2**22, cache_folder=tmp_path, cache_disk=2**24, **options)
+        done = engine.generate([Request(random_ids(150), 5, seed=1)])[0]
+        engine.close()
+        return done.cached_tokens, engine._tiers.stats["damaged"]
+
+    assert run() == run(warm_memory=2**20) == (0, 0)
+    assert run() == run(warm_memory=2**20) == (128, 0)
+    assert len(hashed) == 4  # all weights are read once an engine
 
 
 def test_a_page_spoilt_by_numbers_that_are_none_harms_nobody_later():

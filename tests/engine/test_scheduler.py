@@ -21,6 +21,8 @@ PAGES = 6
 class DictTiers:
     """Keeps whatever is evicted."""
 
+    identity = b"hash model"
+
     def __init__(self):
         self.pages = {}
 
@@ -94,8 +96,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def forget(self):
-        if not self.engine.scheduler.running:
-            self.engine.forget()
+        self.engine.forget()
+
+    @rule()
+    def release(self):
+        self.engine.release()
 
     @invariant()
     def consistent(self):
@@ -148,7 +153,7 @@ TestWithTiers, TestWithMTP, TestWithoutDrafts = WithTiers.TestCase, WithMTP.Test
 def _identity():
     """The hash model has no weights to hash."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twelve.engine.engine.model_identity", lambda model, runner: b"hash model")
+        patch.setattr("twelve.engine.engine.model_identity", lambda *_: b"hash model")
         yield
 
 
@@ -193,6 +198,44 @@ def test_a_page_that_left_the_pool_comes_back_from_the_tiers():
     assert len(engine._tiers.pages) == 3
     done = engine.generate([Request(prompt, 2, seed=1)])[0]
     assert done.cached_tokens == 192 and done.token_ids == expected(prompt, 1, 2)
+
+
+def test_those_under_way_go_on_when_all_memory_is_given_back():
+    engine = hash_engine(PAGES, speculation="off")
+    deltas = engine.stream(Request([1] * 100, 60, seed=1))
+    found = [token for _ in range(12) for token in next(deltas).token_ids]
+    engine.release()
+    assert engine.stats.pages == 0
+    assert found + [token for delta in deltas for token in delta.token_ids] == expected([1] * 100, 1, 60)
+
+
+def test_what_waits_asks_for_no_page_of_the_old_weights(monkeypatch):
+    tiers = DictTiers()
+    tiers.clear = lambda: None  # files stay
+    engine = hash_engine(4, tiers=tiers)
+    engine.generate([Request([1] * 200, 2, seed=1)])
+    sequences = [engine._sequence(Request([token] * 200, 9, seed=1), streamed=False) for token in (2, 1)]
+    engine._submit(sequences)
+    engine._settle()
+    engine.stepper.step()
+    assert len(tiers.pages) == 3 and len(sequences[1].chain) == 3  # there was no room for it
+    monkeypatch.setattr("twelve.engine.engine.model_identity", lambda *_: b"other weights")
+    engine.forget()
+    while sequences[1].status is not Status.DONE:
+        engine.stepper.step()
+    assert sequences[1].cached_tokens == 0 and sequences[1].completion().token_ids == expected([1] * 200, 1, 9)
+
+
+def test_cached_tokens_are_told_once_however_often_a_prompt_is_begun():
+    engine = hash_engine(PAGES, prefill_chunk=1, speculation="off")
+    engine.generate([Request([2] * 130, 1, seed=1)])
+    older = engine.stream(Request([1] * 60, 120, seed=1))
+    while not next(older).token_ids:
+        pass
+    deltas = list(engine.stream(Request([2] * 200, 3, seed=1)))
+    assert engine.stats.preemptions == 1
+    assert sum(delta.cached_tokens for delta in deltas) == deltas[0].cached_tokens == 128
+    older.close()
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one():
@@ -281,6 +324,61 @@ def test_an_error_ends_those_in_the_step_and_the_engine_goes_on():
     check_pool(engine)
     assert engine.pool.available == PAGES
     assert engine.generate([Request([1], 9, seed=1)])[0].token_ids == expected([1], 1, 9)
+
+
+@pytest.mark.parametrize("where", ["evict", "get", "touch", "write_page", "copy"])
+def test_what_fails_while_sequences_are_let_in_loses_none(where, monkeypatch):
+    tiers = DictTiers()
+    engine = hash_engine(8, tiers=tiers)
+    for token in (1, 2, 3):
+        engine.generate([Request([token] * 250, 2, seed=1)])
+    assert len(tiers.pages) == 2  # of the first prompt
+
+    def submit(*prompts):
+        sequences = [engine._sequence(Request(prompt, 9, seed=1), streamed=False) for prompt in prompts]
+        engine._submit(sequences)
+        engine._settle()
+        engine.stepper.step()
+        return sequences
+
+    def fail(*_):
+        raise MemoryError
+
+    sequences = submit([4] * 100)
+    if where == "copy":
+        engine.stepper.step()  # its prompt is read, which the next one will not wait for
+    with monkeypatch.context() as patch:
+        patch.setattr({"write_page": engine.runner, "copy": engine.pool}.get(where, tiers), where, fail)
+        sequences += submit([4] * 100, [1] * 250)
+    assert all(one.status is Status.DONE and isinstance(one.error, MemoryError) for one in sequences)
+    check_pool(engine)
+    assert engine.pool.available == 8 and not engine.scheduler.waiting
+    done = engine.generate([Request([token] * 100, 9, seed=1) for token in (4, 1)])
+    assert [one.token_ids for one in done] == [expected([token] * 100, 1, 9) for token in (4, 1)]
+
+
+def test_one_that_never_arrived_can_be_dropped():
+    engine = hash_engine(PAGES)
+    engine._drop([engine._sequence(Request([1], 9, seed=1), streamed=False)])
+    assert engine.generate([Request([1], 9, seed=1)])[0].token_ids == expected([1], 1, 9)
+
+
+def test_one_that_is_unwanted_leaves_the_line():
+    engine = hash_engine(PAGES, max_sequences=1)
+    first, left, found = engine.stream(Request([1], 50, seed=1)), threading.Event(), []
+    next(first)
+    step, may_step = engine.runner.step, threading.Semaphore(0)
+    engine.runner.step = lambda rows: may_step.acquire() and step(rows)
+    second = engine.stream(Request([2], 5, seed=2), left)
+    waiter = threading.Thread(target=lambda: found.extend(second), daemon=True)
+    waiter.start()  # and drives
+    left.set()
+    may_step.release()
+    waiter.join(10)
+    assert not waiter.is_alive() and not found
+    assert not engine.scheduler.waiting and len(engine.scheduler.running) == 1
+    may_step.release(100)
+    assert [token for delta in first for token in delta.token_ids][-40:] == expected([1], 1, 50)[-40:]
 
 
 def test_ctrl_c_in_the_driving_thread_leaves_the_engine_usable():

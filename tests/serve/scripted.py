@@ -63,10 +63,10 @@ class ScriptedEngine(Engine):
 
     def __init__(
         self, tokenizer, text: str, delay: float = 0.0, context: int = 4096, prefill_chunk: int = 512,
-        memory: bool = False,
+        memory: bool = False, **options,
     ):  # fmt: skip
         model = ScriptedModel([*tokenizer.encode(text), min(tokenizer.stop_ids)], delay, context, memory)
-        super().__init__(model, tokenizer, prefill_chunk=prefill_chunk, speculation="off", runner=model)
+        super().__init__(model, tokenizer, prefill_chunk=prefill_chunk, speculation="off", runner=model, **options)
 
     def _sequence(self, request, streamed):
         sequence = super()._sequence(request, streamed)

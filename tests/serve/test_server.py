@@ -24,6 +24,7 @@ from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.model import Transformer
 from twelve.serve import answer, bind, server
+from twelve.serve.web import is_loopback
 
 THOUGHTS = "열두 척을 센다: 5 + 7 = 12. <thin air>"
 ANSWER = "모두 열두 척입니다.\n<b>12</b> ships 🚢"
@@ -233,7 +234,8 @@ def test_history_parts_and_harmless_parameters_are_accepted(thinker):
     ]
     done = post(
         thinker, messages=messages, user="me", metadata={}, tools=None, presence_penalty=0, logit_bias={}, seed=None,
-        response_format={"type": "text"}, top_p=1, temperature=1, stop=None, n=None,
+        response_format={"type": "text"}, top_p=1, temperature=1, stop=None, n=None, tool_choice="auto",
+        reasoning_effort="medium", verbosity="medium",
     )  # fmt: skip
     assert done.status_code == 200 and done.json()["choices"][0]["message"]["content"] == ANSWER
 
@@ -280,6 +282,7 @@ WRONG = [
     ("stop", ["a", 1]), ("stop", ["x"] * 17), ("logprobs", 3), ("memory_gates", 1), ("memory_gates", "yes"),
     ("tools", [{"type": "function"}]), ("top_k", 5),
     ("frequency_penalty", 0.5), ("response_format", {"type": "json_object"}), ("no_such_thing", "x"),
+    ("reasoning_effort", "high"), ("verbosity", "low"), ("tool_choice", "required"),
 ]  # fmt: skip
 
 
@@ -388,6 +391,11 @@ def test_foreign_pages_are_kept_out(thinker):
         assert httpx.get(f"{thinker}/v1/models", headers=headers).status_code == 200
 
 
+def test_what_is_this_machine():
+    assert all(map(is_loopback, ("localhost", "127.0.0.2", "::1", "::ffff:127.0.0.1")))
+    assert not any(map(is_loopback, ("", "10.0.0.1", "::ffff:10.0.0.1", "127.0.0.1.example", "::")))
+
+
 def test_the_page_may_load_nothing_from_elsewhere(thinker):
     answer = httpx.get(thinker)
     policy = answer.headers["content-security-policy"]
@@ -484,6 +492,58 @@ def test_a_client_that_leaves_while_waiting_never_starts(tokenizer):
         assert first.result().json()["usage"]["completion_tokens"] == alone
         wait_until(lambda: not engine.scheduler.running)
         assert engine.model.passes <= alone + 1
+
+
+def test_a_client_that_leaves_the_line_is_gone_while_others_run(tokenizer):
+    engine = ScriptedEngine(tokenizer, "word " * 300, delay=0.02, max_sequences=1)
+    with serving(engine) as url, ThreadPoolExecutor() as pool:
+        first = pool.submit(post, url)
+        wait_until(lambda: engine.scheduler.running)
+        second = pool.submit(httpx.post, f"{url}/v1/chat/completions", json={"messages": QUESTION}, timeout=0.5)
+        wait_until(lambda: engine.scheduler.waiting)
+        with pytest.raises(httpx.ReadTimeout):
+            second.result()
+        wait_until(lambda: not engine.scheduler.waiting, 1.0)
+        assert engine.scheduler.running and not first.done()
+        engine.model.script = [min(tokenizer.stop_ids)]
+        assert first.result().status_code == 200
+
+
+def test_more_answers_than_there_is_room_for_are_asked_for_again_later(tokenizer, monkeypatch):
+    monkeypatch.setattr(server, "MAX_ANSWERS", 3)
+    engine = ScriptedEngine(tokenizer, "word " * 300, delay=0.02)
+    with serving(engine) as url, ThreadPoolExecutor() as pool:
+        for wrong in ({"n": 0}, {"n": 4}):  # what is refused takes no place
+            assert post(url, **wrong).status_code == (400 if wrong["n"] == 0 else 429)
+        working = [pool.submit(post, url, n=2), pool.submit(post, url, stream=True)]
+        wait_until(lambda: len(engine.scheduler.running) == 3)
+        answer = post(url)
+        assert answer.status_code == 429 and answer.headers["Retry-After"] == "10"
+        error = answer.json()["error"]
+        assert error["type"] == "requests" and error["code"] == "rate_limit_exceeded"
+        assert error["message"] == "3 of at most 3 answers are under way: try again later"
+        with pytest.raises(openai.RateLimitError, match="3 of at most 3"):
+            complete(url)
+        assert httpx.get(f"{url}/health").status_code == 200
+        engine.model.script = [min(tokenizer.stop_ids)]
+        assert all(done.result().status_code == 200 for done in working)
+        assert all(post(url, n=3, stream=stream).status_code == 200 for stream in (True, False) for _ in range(2))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_makes_room(tokenizer, monkeypatch, stream):
+    monkeypatch.setattr(server, "MAX_ANSWERS", 1)
+    engine = ScriptedEngine(tokenizer, "word " * 300, delay=0.02)
+    with serving(engine) as url:
+        path, body = f"{url}/v1/chat/completions", {"messages": QUESTION, "stream": stream}
+        if stream:
+            with httpx.stream("POST", path, json=body):
+                assert post(url).status_code == 429
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(path, json=body, timeout=0.2)
+        engine.model.script = [min(tokenizer.stop_ids)]
+        wait_until(lambda: post(url).status_code == 200)
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -56,8 +57,8 @@ class Engine:
         if count < 1:
             raise InputError(f"{asked:,} bytes for keys and values do not hold one page of {self._page_bytes:,} bytes")
         self.runner.allocate(count)
-        self._tiers, self._generation = tiers, 0
-        self.pool = PagePool(count, self._identity(), tiers, self.runner)
+        self._tiers = tiers
+        self.pool = PagePool(count, b"" if tiers is None else tiers.identity, tiers, self.runner)
         self.scheduler = Scheduler(self.pool, max_sequences, most, prefill_chunk, self.runner.reach)
         guesses = Speculation(speculation, bool(getattr(model, "mtp", None)))
         self.stepper = Stepper(self.runner, self.scheduler, guesses)
@@ -88,18 +89,21 @@ class Engine:
             self._drop([sequence for sequence in sequences if sequence.status is not Status.DONE])
         return [sequence.completion() for sequence in sequences]
 
-    def stream(self, request: Request) -> Iterator[Delta]:
+    def stream(self, request: Request, unwanted: Event | None = None) -> Iterator[Delta]:
         """Complete one request step by step; closing the iterator stops it at once.
 
-        The request is checked here and joins the others at the first `next`.
+        The request is checked here and joins the others at the first `next`. unwanted: once another thread has set it
+        the iterator ends with the step under way, even where it waits for its turn.
         """
-        return self._stream(self._sequence(request, streamed=True))
+        return self._stream(self._sequence(request, streamed=True), unwanted or Event())
 
-    def _stream(self, sequence: Sequence) -> Iterator[Delta]:
+    def _stream(self, sequence: Sequence, unwanted: Event) -> Iterator[Delta]:
         try:
             self._submit([sequence])
             while True:
-                self._turns.run_until(lambda: sequence.deltas or sequence.status is Status.DONE)
+                self._turns.run_until(lambda: sequence.deltas or sequence.status is Status.DONE or unwanted.is_set())
+                if unwanted.is_set():
+                    return
                 while sequence.deltas:
                     yield sequence.deltas.popleft()
                 if sequence.error is not None:
@@ -124,30 +128,30 @@ class Engine:
             return score(sequences, self.runner, self.scheduler, self.prefill_chunk)
 
     def forget(self) -> None:
-        """The model's weights have changed: what was computed with the old ones is used no more."""
+        """The model's weights have changed: what was computed with the old ones is used no more.
+
+        Sequences under way keep what they said and go on with the new ones.
+        """
         with self._turns.alone():
             self.runner.reload()
-            self._generation += 1
-            if self._tiers is not None:
+            self.scheduler.restart()
+            identity = b""
+            if self._tiers is not None:  # only they can meet pages of other weights
                 self._tiers.clear()
-            self.pool.forget(self._identity())
+                identity = model_identity(self.model, self.runner, self._tiers.identity)
+            self.pool.forget(identity)
 
     def release(self) -> None:
         """Give the memory of all keys and values back until it is needed again; what they would have saved is lost."""
         with self._turns.alone():
-            self._generation += 1
-            self.pool.forget(self._identity())
+            self.scheduler.restart()
+            self.pool.forget(self.pool.identity)
             self.runner.allocate(self.pool.count)
 
     def close(self) -> None:
         """Finish writing what is on its way to the disk. An engine without tiers needs no closing."""
         if self._tiers is not None:
             self._tiers.close()
-
-    def _identity(self) -> bytes:
-        """What the hash chain of the pages begins with. Only tiers can meet pages of another process or model."""
-        start = model_identity(self.model, self.runner) if self._tiers is not None else b""
-        return start + self._generation.to_bytes(8, "little") if self._tiers is None else start
 
     def _sequence(self, request: Request, streamed: bool) -> Sequence:
         prompt = len(request.prompt_ids)

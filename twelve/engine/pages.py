@@ -7,8 +7,9 @@ first; then they move to the tiers, if there are any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import numpy as np
@@ -50,9 +51,9 @@ class PagePool:
             page = self._free.pop()
         elif self._idle:
             page = next(iter(self._idle))
-            del self._idle[page]
             if self.tiers is not None:
                 self.tiers.evict(self._keys[page], self._memory.page(page))
+            del self._idle[page]
             self._unlist(page)
         else:
             return None
@@ -71,6 +72,16 @@ class PagePool:
                 else:
                     self._idle[page] = None
 
+    @contextmanager
+    def holding(self) -> Iterator[list[int]]:
+        """A list for pages that are held now, which are given up if the block fails."""
+        pages: list[int] = []
+        try:
+            yield pages
+        except BaseException:
+            self.release(pages)
+            raise
+
     def copy(self, source: int, target: int) -> None:
         """What one page holds, into another that is held."""
         self._memory.write_page(target, self._memory.page(source))
@@ -85,44 +96,45 @@ class PagePool:
 
     def lookup(self, key_of: Callable[[int], bytes], limit: int) -> list[int]:
         """The pages, now held, of the longest known beginning of a text, at most `limit`; key_of(i) is page i's key."""
-        found: list[int] = []
-        while len(found) < limit:
-            page = self._index.get(key_of(len(found)))
-            if page is not None:
-                self.holders[page] += 1
-                self._idle.pop(page, None)
-                found.append(page)
-                continue
-            fetched = self._fetch([key_of(index) for index in range(len(found), limit)])
-            found += fetched
-            if not fetched:
-                break
-        if found and self.tiers is not None:
-            self.tiers.touch([self._keys[page] for page in found])  # its copies are as lately used as the page
+        with self.holding() as found:
+            while len(found) < limit:
+                page = self._index.get(key_of(len(found)))
+                if page is not None:
+                    self.holders[page] += 1
+                    self._idle.pop(page, None)
+                    found.append(page)
+                    continue
+                fetched = self._fetch([key_of(index) for index in range(len(found), limit)])
+                found += fetched
+                if not fetched:
+                    break
+            if found and self.tiers is not None:
+                self.tiers.touch([self._keys[page] for page in found])  # its copies are as lately used as the page
         return found
 
     def _fetch(self, keys: list[bytes]) -> list[int]:
         """Pages, now held, for as many of the first keys as the tiers have, several read at a time."""
         if self.tiers is None:
             return []
-        wanted, pages = [], []
-        for key in keys:
-            if key in self._index or key not in self.tiers or (page := self.take()) is None:
-                break
-            wanted.append(key)
-            pages.append(page)
-        if not pages:
-            return []
-        places = [self._memory.page(page) for page in pages]  # the pages' own memory, where that is float32
-        if places[0].nbytes < LARGE:  # threads that wait for each other would cost more than the reading
-            there = list(map(self.tiers.get, wanted, places))
-        else:
-            with ThreadPoolExecutor(READERS) as readers:
-                there = list(readers.map(self.tiers.get, wanted, places))
-        count = there.index(False) if False in there else len(there)
-        for key, page, data in zip(wanted[:count], pages, places, strict=False):
-            self._memory.write_page(page, data)
-            self._index[key], self._keys[page] = page, key
+        with self.holding() as pages:
+            wanted = []
+            for key in keys:
+                if key in self._index or key not in self.tiers or (page := self.take()) is None:
+                    break
+                wanted.append(key)
+                pages.append(page)
+            if not pages:
+                return []
+            places = [self._memory.page(page) for page in pages]  # the pages' own memory, where that is float32
+            if places[0].nbytes < LARGE:  # threads that wait for each other would cost more than the reading
+                there = list(map(self.tiers.get, wanted, places))
+            else:
+                with ThreadPoolExecutor(READERS) as readers:
+                    there = list(readers.map(self.tiers.get, wanted, places))
+            count = there.index(False) if False in there else len(there)
+            for key, page, data in zip(wanted[:count], pages, places, strict=False):
+                self._memory.write_page(page, data)
+                self._index[key], self._keys[page] = page, key
         self.release(pages[count:])
         return pages[:count]
 

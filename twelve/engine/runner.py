@@ -61,7 +61,7 @@ class Runner(Protocol):
     exact: bool  # a row's result depends on its own sequence only: not on batch, chunk or draft
 
     def allocate(self, pages: int) -> None:
-        """Make the pool, once. Memory is touched only as pages are used, where the device can do that."""
+        """Make the pool, in place of an earlier one. Memory is touched only as pages are used, where the device can."""
 
     def page(self, index: int) -> np.ndarray:
         """The page as float32 [elements], to be read at once: a view where the pool is float32 memory, else a copy."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twelve.engine.pages import PagePool
+from twelve.engine.request import Delta
 from twelve.engine.runner import PAGE, Step
 from twelve.engine.sequence import Sequence, Status
 
@@ -58,7 +59,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self._leave(sequence)
             self.running.remove(sequence)
-        elif sequence.status is Status.WAITING:
+        elif sequence.status is Status.WAITING and sequence in self.waiting:  # or given up before it could arrive
             self.waiting.remove(sequence)
         sequence.status = Status.DONE
 
@@ -72,19 +73,20 @@ class Scheduler:
             return []
         admitted, held = [], []
         promised = {key for sequence in self.running for key in self._promises(sequence)}
-        while self.waiting and self._slots:
-            sequence = self.waiting.popleft()
-            leader = self._leaders.get(sequence.twin_key)
-            read_soon = leader is not None and leader.computed < leader.prompt - 1
-            if read_soon or (promised and self._next_key(sequence) in promised):
-                held.append(sequence)
-            elif self._enter(sequence):
-                admitted.append(sequence)
-                promised.update(self._promises(sequence))
-            else:
-                held.append(sequence)
-                break
-        self.waiting.extendleft(reversed(held))
+        try:
+            while self.waiting and self._slots:
+                sequence = self.waiting[0]
+                leader = self._leaders.get(sequence.twin_key)
+                read_soon = leader is not None and leader.computed < leader.prompt - 1
+                if read_soon or (promised and self._next_key(sequence) in promised):
+                    held.append(self.waiting.popleft())
+                elif self._enter(sequence):
+                    admitted.append(self.waiting.popleft())
+                    promised.update(self._promises(sequence))
+                else:
+                    break
+        finally:  # whatever fails, nobody is lost
+            self.waiting.extendleft(reversed(held))
         return admitted
 
     def _promises(self, sequence: Sequence) -> list[bytes]:
@@ -109,12 +111,18 @@ class Scheduler:
         if needed - len(found) + spare > pool.available:
             pool.release(found)
             return False
-        sequence.pages = found + [pool.take() for _ in range(needed - len(found))]
-        sequence.computed = PAGE * len(found)
-        sequence.sealed = len(found)
-        self._follow(sequence)
+        with pool.holding() as pages:
+            pages += found
+            while len(pages) < needed:
+                pages.append(pool.take())
+            sequence.pages = pages
+            sequence.computed = PAGE * len(found)
+            sequence.sealed = len(found)
+            self._follow(sequence)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt)
+            if sequence.streamed:
+                sequence.deltas.append(Delta(cached_tokens=sequence.cached_tokens))
         slot = sequence.slot = self._slots.pop()
         request = sequence.request
         self._table[slot, :needed] = sequence.pages
@@ -149,6 +157,13 @@ class Scheduler:
         self.waiting.appendleft(youngest)
         self.preemptions += 1
         return youngest
+
+    def restart(self) -> None:
+        """Everybody gives the pages back and waits; what they hold, and their keys, are to change."""
+        while self.running:
+            self.preempt()
+        for sequence in self.waiting:
+            sequence.chain.clear()
 
     def plan(self) -> Plan:
         """The next step's rows; empty when nobody runs. Takes the pages that the rows and their drafts need."""

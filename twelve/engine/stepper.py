@@ -47,8 +47,6 @@ class Stepper:
         try:
             for sequence in self.scheduler.admit():
                 self._stats.cached_tokens += sequence.computed
-                if sequence.streamed and len(sequence.tokens) == sequence.prompt:
-                    sequence.deltas.append(Delta(cached_tokens=sequence.cached_tokens))
             self.speculation.propose(self.scheduler.running)
             plan = self.scheduler.plan()
             if plan.sequences:

@@ -52,7 +52,7 @@ class Tiers:
         for budget, what, page in ((warm_bytes, "warm", self.code.bytes), (cold_bytes, "cold", file_bytes)):
             if 0 < budget < page:
                 raise InputError(f"{budget:,} bytes for {what} pages do not hold one page of {page:,} bytes")
-        self.exact, self.compact = exact, compact
+        self.identity, self.exact, self.compact = identity, exact, compact
         self._warm = Shelf(0 if exact else warm_bytes)
         self._cold = None
         if folder is not None and cold_bytes > 0:

@@ -14,8 +14,11 @@ class Turns:
 
     def __init__(self, settle: Callable[[], None], step: Callable[[], None]) -> None:
         self._settle, self._step = settle, step
-        self.changed = threading.Condition()  # told when a step has ended
+        self.changed = threading.RLock()
         self.driving = False
+        # What each sleeping thread waits for. To wake all after every step would take far longer than a step as soon as
+        # hundreds stand in line.
+        self._sleepers: dict[threading.Condition, Callable[[], object]] = {}
 
     def run_until(self, done: Callable[[], object]) -> None:
         """Return when `done()`, which other threads' steps may bring about; else drive."""
@@ -26,7 +29,7 @@ class Turns:
                     if not self.driving:
                         drives = self.driving = True
                         break
-                    self.changed.wait()
+                    self._sleep(done)
             while drives:
                 with self.changed:
                     self._settle()
@@ -35,7 +38,7 @@ class Turns:
                 self._step()
                 with self.changed:
                     self._settle()
-                    self.changed.notify_all()
+                    self._wake()
         finally:
             if drives:
                 self._stop()
@@ -46,7 +49,8 @@ class Turns:
         drives = False
         try:
             with self.changed:
-                self.changed.wait_for(lambda: not self.driving)
+                while self.driving:
+                    self._sleep(lambda: not self.driving)
                 drives = self.driving = True
             yield
         finally:
@@ -57,4 +61,25 @@ class Turns:
         with self.changed:
             self._settle()
             self.driving = False
-            self.changed.notify_all()
+            self._wake()
+
+    def _sleep(self, done: Callable[[], object]) -> None:
+        """Until `done()`, or there is a driver to replace."""
+        sleeper, woken = threading.Condition(self.changed), False
+        self._sleepers[sleeper] = done
+        try:
+            woken = sleeper.wait()
+        finally:
+            del self._sleepers[sleeper]
+            if not woken:  # Ctrl-C: another one may have to drive instead
+                self._wake()
+
+    def _wake(self) -> None:
+        """Those who have what they wait for, and one to drive where nobody does."""
+        wanted = not self.driving
+        for sleeper, done in self._sleepers.items():
+            if done():
+                sleeper.notify()
+            elif wanted:
+                sleeper.notify()
+                wanted = False

@@ -43,7 +43,8 @@ class Answer:
         self.finish_reason: str | None = None
         self._tokenizer = engine.tokenizer
         self._splitter = prompt.splitter()
-        self._deltas = engine.stream(request)
+        self._left = threading.Event()  # nobody waits for it any more
+        self._deltas = engine.stream(request, self._left)
         self._gated = chat.memory_gates
         self._unread: deque[int] = deque()  # tokens whose gate is not known yet
 
@@ -51,7 +52,7 @@ class Answer:
         """What the steps give; None when there was none for a while."""
         started = time.perf_counter()
         try:
-            async with aclosing(in_thread(self._deltas, KEEPALIVE_SECONDS)) as deltas:
+            async with aclosing(in_thread(self._deltas, self._left, KEEPALIVE_SECONDS)) as deltas:
                 async for delta in deltas:
                     yield None if delta is None else self._read(delta)
         finally:
@@ -170,9 +171,10 @@ def total_usage(answers: list[Answer]) -> dict:
     return protocol.usage(answers[0].prompt_tokens, drawn, answers[0].cached_tokens)
 
 
-async def in_thread(deltas: Iterator[Delta], idle_seconds: float) -> AsyncIterator[Delta | None]:
-    """Iterate in a thread; None whenever nothing came for a while. Leaving the loop closes `deltas` after this step."""
-    loop, queue, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+async def in_thread(deltas: Iterator[Delta], left: threading.Event, idle_seconds: float) -> AsyncIterator[Delta | None]:
+    """Iterate in a thread; None whenever nothing came for a while. Leaving the loop sets `left`, and closes `deltas`
+    after this step."""
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
     def work() -> None:
         end: Exception | None = None

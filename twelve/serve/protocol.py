@@ -18,17 +18,26 @@ IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 }  # fmt: skip
-# Values that ask a feature we do not have for nothing; null, zero and empty ones need no mention.
-NEUTRAL = {"response_format": {"type": "text"}, "tool_choice": "none", "modalities": ["text"]}
+# Values of what we do not have that ask for nothing, or are the API's own defaults; null, zero and empty ones need no
+# mention.
+NEUTRAL = {
+    "response_format": [{"type": "text"}], "tool_choice": ["none", "auto"], "modalities": [["text"]],
+    "reasoning_effort": ["medium"], "verbosity": ["medium"],
+}  # fmt: skip
 
 
 class ApiError(Exception):
     """An answer in OpenAI's error shape."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        retry_after: int | None = None,
+    ):  # fmt: skip
+        """retry_after: seconds."""
         super().__init__(message)
         self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        kind = "requests" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -78,7 +87,7 @@ def parse(body: bytes) -> ChatRequest:
         memory_gates=fields.take("memory_gates", bool, False, "a boolean"),
     )
     for name, value in data.items():
-        if name not in IGNORED and value and value != NEUTRAL.get(name):
+        if name not in IGNORED and value and value not in NEUTRAL.get(name, []):
             name = name[:64].encode(errors="replace").decode()  # JSON can spell half a character
             raise ApiError(400, f"parameter {name!r} is not supported here", name, "unsupported_parameter")
     return chat

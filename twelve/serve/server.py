@@ -6,8 +6,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 
 import uvicorn
 from starlette.applications import Starlette
@@ -26,6 +26,10 @@ from twelve.serve.protocol import ApiError
 from twelve.serve.web import OwnPagesOnly, page
 
 MAX_BODY_BYTES = 8 * 2**20  # a prompt of about two million tokens
+# Answers that are being made or wait, n of a request: each holds a thread and its prompt. Four times as many as the
+# engine runs together, and twice what one of OpenAI's clients asks at a time: more would wait longer than clients do.
+MAX_ANSWERS = 2048
+RETRY_SECONDS = 10
 
 
 def app(engine: Engine, model_name: str) -> Starlette:
@@ -83,11 +87,31 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+class Places:
+    """As many answers as there may be at a time; for the event loop's thread alone."""
+
+    def __init__(self, count: int):
+        self.count = self.free = count
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Hold so many. ApiError (429) where there are too few."""
+        if count > self.free:
+            message = f"{self.count - self.free:,} of at most {self.count:,} answers are under way: try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after=RETRY_SECONDS)
+        self.free -= count
+        try:
+            yield
+        finally:
+            self.free += count
+
+
 class Api:
     """The endpoints. The event loop only passes messages; the engine works in a thread per request."""
 
     def __init__(self, engine: Engine, model_name: str):
         self.engine = engine
+        self.places = Places(MAX_ANSWERS)
         self.card = {
             "id": model_name,
             "object": "model",
@@ -110,14 +134,17 @@ class Api:
 
     async def chat(self, http: Request) -> Response:
         try:
-            return await self._chat(http)
+            with ExitStack() as places:
+                return await self._chat(http, places)
         except ApiError:
             raise
         except Exception as error:
             raise server_error(error) from None
 
-    async def _chat(self, http: Request) -> Response:
+    async def _chat(self, http: Request, places: ExitStack) -> Response:
+        places.enter_context(self.places.taken(1))  # before there is a body to hold
         chat = protocol.parse(await read_body(http))
+        places.enter_context(self.places.taken(chat.n - 1))
         if chat.model is not None:
             self._check_model(chat.model)
         if chat.memory_gates and not self.card["memory"]:
@@ -131,7 +158,7 @@ class Api:
         except InputError as error:
             raise ApiError(400, str(error), "messages") from None
         if chat.stream:
-            return EventStream(stream_events(head, chat, answers))
+            return EventStream(stream_events(head, chat, answers), places.pop_all())
         body = await unless_gone(http, whole_answer(head, answers))
         return Response(status_code=499) if body is None else JSONResponse(body)  # nobody reads a 499
 
@@ -142,14 +169,16 @@ class Api:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events whose source is closed as soon as the client is gone."""
+    """Server-sent events whose source is closed, and whose places are free, as soon as the client is gone."""
 
-    def __init__(self, events: AsyncIterator[str]):
+    def __init__(self, events: AsyncIterator[str], places: ExitStack):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._places = places
 
     async def __call__(self, scope, receive, send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().__call__(scope, receive, send)
+        with self._places:
+            async with aclosing(self.body_iterator):
+                await super().__call__(scope, receive, send)
 
 
 async def unless_gone(http: Request, work: Coroutine[None, None, dict]) -> dict | None:
@@ -186,7 +215,7 @@ async def read_body(http: Request) -> bytes:
 
 
 async def api_error(http: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status)
+    return JSONResponse(error.body, error.status, headers=error.headers)
 
 
 async def http_error(http: Request, error: HTTPException) -> Response:

@@ -52,10 +52,13 @@ def hostname(netloc: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # ::ffff:127.0.0.1 is 127.0.0.1
 
 
 def page():

@@ -58,18 +58,22 @@ static uint32_t noise_bits(uint32_t token, uint32_t position, const uint32_t* ke
 
 static double gumbel(uint32_t bits) { return -std::log(-std::log1p(-(bits + 0.5) * 0x1p-32)); }
 
+// The first of the largest logits [n]; one that is no number, if there is any.
 static int64_t most_likely(const float* logits, int64_t n) {
     float top = logits[0];
     int64_t i = 0;
+    IVec strange{};
     if (n >= LANES) {
         Vec most = load(logits);
-        for (; i + LANES <= n; i += LANES) most = larger(load(logits + i), most);
-        for (int lane = 0; lane < LANES; ++lane) {
-            if (std::isnan(most[lane])) return lane;
-            top = most[lane] > top ? most[lane] : top;
+        for (; i + LANES <= n; i += LANES) {
+            const Vec x = load(logits + i);
+            most = larger(x, most), strange |= x != x;
         }
+        for (int lane = 0; lane < LANES; ++lane) top = most[lane] > top ? most[lane] : top;
     }
-    for (; i < n; ++i) top = logits[i] > top ? logits[i] : top;
+    bool found = any(strange);
+    for (; i < n; ++i) top = logits[i] > top ? logits[i] : top, found |= std::isnan(logits[i]);
+    if (found) return std::find_if(logits, logits + n, [](float x) { return std::isnan(x); }) - logits;
     for (i = 0; i + LANES <= n && !any(load(logits + i) == top); i += LANES) continue;
     for (; i < n; ++i)
         if (logits[i] == top) return i;

@@ -149,7 +149,6 @@ struct Engine : Engram {
 extern "C" {
 Engine* engine_new(const Model* model) { return new Engine(*model); }
 void engine_free(Engine* engine) { delete engine; }
-int64_t engine_page_floats(const Engine* engine) { return engine->page_floats; }
 void engine_pool(Engine* engine, float* pool, float* bounds, double share) {
     engine->pool = pool, engine->bounds = bounds, engine->share = share;
 }
