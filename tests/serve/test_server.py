@@ -482,7 +482,7 @@ def test_a_client_that_leaves_stops_the_model(tokenizer, stream):
 
 
 def test_a_client_that_leaves_while_waiting_never_starts(tokenizer):
-    engine = ScriptedEngine(tokenizer, "word " * 20, delay=0.02)
+    engine = ScriptedEngine(tokenizer, "word " * 20, delay=0.1)
     with serving(engine) as url, ThreadPoolExecutor() as pool:
         first = pool.submit(post, url)
         wait_until(lambda: engine.model.passes > 0)
