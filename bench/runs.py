@@ -202,11 +202,12 @@ def pretraining(
     from twelve.plan.cost import drawn
     from twelve.train.loop import Supervised
     from twelve.train.plan import Plan, describe
+    from twelve.train.pretrain import BETAS
 
     made = Plan(
         stage="pretrain", options={}, config=model.config.to_dict(), data=describe(data), context=context,
         batch_size=batch, micro_batch_size=batch, learning_rate=learning_rate, seed=seed, threads=threads,
-        precision=precision, **plan,
+        precision=precision, **plan, betas=BETAS,
         drawn=drawn(model.config.vocab_size) if model.device.type == "cpu" else 0,
     )  # fmt: skip
     (folder / "training").mkdir()

@@ -21,7 +21,8 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SINKHORN_ORDERS = ("columns_first", "deepseek_v4")
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
-MEMORY_ROWS = 65536  # of a head, in a model that gets a memory unasked
+MEMORY_ROWS = (65536, 1 << 20)  # of a head, at least and at most, in a model that gets a memory unasked
+TOKENS_A_ROW = 32  # that training reads, where it is known how many: rows cost memory and no time (docs/lab.md)
 
 
 @dataclass
@@ -274,11 +275,14 @@ def deepseek_v2_lite() -> ModelConfig:
     )  # fmt: skip
 
 
-def with_memory(switches: dict[str, Any] | None = None, tokens: int = 0) -> dict[str, Any]:
-    """The `switches` of `small_v3` for a model of a text of so many tokens (0: many): with Engram, since that predicts
-    text better at equal seconds (docs/lab.md), and of no more rows than the text can fill. An engram_vocab_size of 0
-    leaves it out."""
-    rows = min(MEMORY_ROWS, 1 << (tokens - 1).bit_length()) if tokens else MEMORY_ROWS
+def with_memory(switches: dict[str, Any] | None = None, text: int = 0, reading: int = 0) -> dict[str, Any]:
+    """The `switches` of `small_v3` for a model with Engram, since that predicts text better at equal seconds
+    (docs/lab.md). Its rows grow with the tokens that training will be `reading`, and are no more than the `text` of so
+    many tokens can fill (0: not known, many). An engram_vocab_size of 0 leaves it out."""
+    least, most = MEMORY_ROWS
+    rows = min(most, max(least, 1 << (reading // TOKENS_A_ROW).bit_length() >> 1))
+    if text:
+        rows = min(rows, 1 << (text - 1).bit_length())
     switches = {"engram_vocab_size": rows, **(switches or {})}
     if switches["engram_vocab_size"]:
         return switches

@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--mtp", type=natural, help="multi-token prediction modules")
     made.add_argument("--from", dest="start", metavar="MODEL", help="go on from its weights, sizes and tokenizer")
     made.add_argument("--hc-mult", type=positive, help="residual streams (default: 1, no hyper-connections)")
-    made.add_argument("--engram-vocab-size", type=natural, help="rows a head of the memory (up to 65536); 0: none")
+    made.add_argument("--engram-vocab-size", type=natural, help="rows a head of the memory (65536 or more); 0: none")
     made.add_argument("--engram-layers", type=naturals, metavar="N,N", help="that read it (default: 1 and the middle)")
     made.add_argument("--engram-dtype", choices=TABLE_DTYPES, metavar="NAME", help="float32 (default), bfloat16, int8")
     _computing(made)

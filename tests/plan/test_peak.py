@@ -80,7 +80,7 @@ def test_a_training_holds_what_was_planned(tmp_path):
     tokenize([tmp_path / "text.jsonl"], tmp_path / "tokens", vocab_size=300, progress=False)
     shape = {"width": 128, "layers": 3, "experts": 8, "experts_per_token": 2, "context": 256}
     data_tokens = PackedData(tmp_path / "tokens").tokens
-    config = small_v3(300, **shape, **with_memory(tokens=data_tokens))
+    config = small_v3(300, **shape, **with_memory(text=data_tokens))
     given = (str(tmp_path / "tokens"), str(tmp_path / "run"), json.dumps(shape | {"batch": 12}))
     command = [sys.executable, "-c", RUN, *given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)

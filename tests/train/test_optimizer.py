@@ -66,6 +66,16 @@ def test_the_rest_moves_as_torch_adamw_does():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+def test_beside_muon_only_matrices_are_decayed():
+    plain, decayed = model_with_gradients(), model_with_gradients()
+    MuonAdamW(plain, weight_decay=0.0).step(0.01)
+    MuonAdamW(decayed, weight_decay=0.5).step(0.01)
+    differ = {
+        name for (name, a), b in zip(plain.named_parameters(), decayed.parameters(), strict=True) if not torch.equal(a, b)
+    }  # fmt: skip
+    assert differ == set(matrix_shapes(plain))
+
+
 def test_a_parameter_without_gradient_stays():
     model = model_with_gradients()
     model.layers[0].mlp.gate_proj.weight.grad = None

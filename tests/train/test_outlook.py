@@ -122,10 +122,17 @@ def test_sizes_that_are_given_need_no_plan(text, tmp_path, monkeypatch):
     assert (made["config"]["model_type"], made["config"]["engram_layer_ids"]) == ("twelve", [1, 2])
 
 
+def test_a_memory_grows_with_what_training_reads_up_to_what_the_text_fills():
+    rows = [with_memory(reading=tokens)["engram_vocab_size"] for tokens in (0, 10**6, 10**7, 2**24, 2**24 - 1, 10**12)]
+    assert rows == [65536, 65536, 2**18, 2**19, 2**18, 2**20]
+    assert with_memory(text=3000, reading=10**8)["engram_vocab_size"] == 4096
+    assert with_memory({"engram_vocab_size": 7}, reading=10**8)["engram_vocab_size"] == 7
+
+
 def test_zero_rows_leave_the_memory_out(text, known, tmp_path):
     without = {"engram_vocab_size": 0, "engram_dtype": "int8"}
     assert with_memory({"hc_mult": 4, **without}) == {"hc_mult": 4}
-    assert with_memory(tokens=3000)["engram_vocab_size"] == 4096 < with_memory()["engram_vocab_size"]
+    assert with_memory(text=3000)["engram_vocab_size"] == 4096 < with_memory()["engram_vocab_size"]
     pretrain([text], tmp_path / "run", steps=1, width=64, vocab_size=300, context=32, batch=2, quiet=True,
              switches=without)  # fmt: skip
     made = json.loads((tmp_path / "run" / "config.json").read_text())

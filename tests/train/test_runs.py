@@ -244,7 +244,7 @@ def test_micro_batches_add_up_to_the_batch(text, tmp_path, finished):
         model = Transformer(ModelConfig(**plan.config)).init_weights(0).double()
         trainer = Supervised(model, lambda step: data.batch(step, 4, 32, 0), plan, tmp_path)
         weight = model.layers[0].self_attn.o_proj.weight
-        trainer.optimizer.step = lambda rate, weight=weight: gradients.append(weight.grad)
+        trainer.optimizer.step = lambda rate, table_lr, weight=weight: gradients.append(weight.grad)
         trainer.train_step()
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-7, rtol=1e-5)
     torch.testing.assert_close(gradients[2], gradients[0], atol=1e-7, rtol=1e-5)

@@ -148,21 +148,31 @@ def _planned(
         data_tokens = max(1, int(request.text_bytes / (request.bytes_per_token or bytes_per_token(rows, vocabulary))))
         while request.batch is None and batch > 1 and EPOCHS * data_tokens < STEPS_OF_LITTLE * batch * context:
             batch //= 2
-    config = small_v3(*shape, **with_memory(request.switches, data_tokens))
+
+    def shaped(reading: int) -> ModelConfig:
+        return small_v3(*shape, **with_memory(request.switches, data_tokens, reading))
+
+    def held(config: ModelConfig, micro: int) -> dict[str, int]:
+        return memory.training(config, micro, context, data_tokens=data_tokens, compiled=request.compiled)
+
+    config = shaped(0)
     share = reached(width, vocabulary, experts > 0, request.threads)
     speed = request.gflops * 1e9 * share / work(config, context, batch)
     speed *= COMPILED if request.compiled else 1.0
     steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))
     if data_tokens:
         steps = min(steps, max(1, EPOCHS * data_tokens // (batch * context)))
+    tokens = steps * batch * context
+    with_rows = (shaped(tokens >> halvings) for halvings in range(5))
+    config = next((c for c in with_rows if sum(held(c, batch).values()) <= request.memory), config)
     micro, before = batch, memory.tokenizing(request.sample(vocabulary))
     while True:
-        taken = memory.training(config, micro, context, data_tokens=data_tokens, compiled=request.compiled)
+        taken = held(config, micro)
         if sum(taken.values()) <= request.memory or micro == 1:
             break
         micro = -(-micro // 2)
     taken = max(taken, before, key=lambda parts: sum(parts.values()))
-    epochs = steps * batch * context / data_tokens if data_tokens else 0.0
+    epochs = tokens / data_tokens if data_tokens else 0.0
     rate = request.learning_rate or nearest["rate"]
     return Choice(config, experts, batch, micro, context, rate, steps, speed, epochs, taken, np.inf, np.inf)
 

@@ -59,7 +59,7 @@ class Trainer:
         if self.trains_table:
             own_table(model, folder)
         self.optimizer = MuonAdamW(
-            model, weight_decay=plan.weight_decay, muon=plan.muon,
+            model, betas=plan.betas, weight_decay=plan.weight_decay, muon=plan.muon,
             adamw_lr_scale=plan.adamw_lr_scale if plan.muon else 1.0,
         )  # fmt: skip
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -102,7 +102,8 @@ class Trainer:
                 f"training diverged: the loss is {loss:.3g}, its gradient {norm:.3g} "
                 f"at step {self.step + 1}; start again in another folder with a lower --learning-rate"
             )
-        self.optimizer.step(rate)
+        # what a row moves by falls with every look at it (Adagrad): a table needs no decay besides
+        self.optimizer.step(rate, table_lr=self.plan.learning_rate)
         self.optimizer.zero_grad()
         self.changed()
         return norm

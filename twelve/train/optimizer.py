@@ -61,9 +61,10 @@ def matrix_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 class MuonAdamW:
     """One step of Muon on the matrices and of AdamW on everything else, at one learning rate.
 
-    Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate and
-    the weight decay; `adamw_lr_scale` multiplies it for what AdamW steps. A memory's table takes its own kind of step
-    (`twelve.table`) at TABLE_LR_SCALE times the rate.
+    Muon's update is scaled to the root mean square 0.2 that AdamW's has (arXiv 2502.16982), so both share the rate;
+    `adamw_lr_scale` multiplies it for what AdamW steps. Only Muon's matrices are decayed, or, where AdamW steps
+    everything, all that are no vectors. A memory's table takes its own kind of step (`twelve.table`) at TABLE_LR_SCALE
+    times the rate.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class MuonAdamW:
             self.state |= {f"{name}.{key}": torch.zeros_like(named[name]) for name in self.adam_names}
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient, at learning rate `lr`."""
+    def step(self, lr: float, table_lr: float | None = None) -> None:
+        """Update every parameter that has a gradient, at learning rate `lr`; a table's rows by `table_lr` (that, too)."""
         self.step_count += 1
         self._step_matrices(lr)
         self._step_rest(lr * self.adamw_lr_scale)
         if self.table is not None:
-            self.table.update(lr * TABLE_LR_SCALE)
+            self.table.update((lr if table_lr is None else table_lr) * TABLE_LR_SCALE)
 
     @property
     def table(self) -> Table | None:
@@ -120,8 +121,9 @@ class MuonAdamW:
 
     def _step_rest(self, lr: float) -> None:
         names = [name for name in self.adam_names if self.named[name].grad is not None]
-        for decays in (True, False):  # vectors (norms, biases) are not decayed
-            chosen = [name for name in names if (self.named[name].dim() > 1) == decays]
+        decayed = set() if self.muon_names else {name for name in names if self.named[name].dim() > 1}
+        for decays in (True, False):
+            chosen = [name for name in names if (name in decayed) == decays]
             if not chosen:
                 continue
             parameters = [self.named[name] for name in chosen]

@@ -26,6 +26,7 @@ TRIAL = 5.0  # seconds of steps that tell the speed, and of making the model aga
 COMPILING = 45.0
 LEAST_TEXT = 1 << 14  # bytes that something can be learnt from
 FREE = 0.9  # of what is free: the most that is planned with
+TABLE_CLOSING = 2e-8  # seconds an element of a memory: written twice, in float32, and hashed
 DRIFT = 1.7  # by which a processor may be faster or slower than when it was measured, before it is measured again
 
 
@@ -50,6 +51,7 @@ class Outlook:
             "width": c.hidden_size, "layers": c.num_hidden_layers, "experts": best.experts,
             "experts_per_token": EXPERTS_PER_TOKEN, "vocab_size": c.vocab_size, "context": best.context,
             "batch": best.batch, "micro_batch": best.micro_batch, "learning_rate": best.learning_rate,
+            "memory_rows": c.engram_vocab_size if c.engram_layer_ids else 0,
         }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def expect(
     rows = load()
     choices = choose(request, rows)
     now_possible = choose(replace(request, gflops=now), rows)
-    best = next((choice for choice in now_possible if choice.config == choices[0].config), choices[0])
+    best = next((as_chosen for choice in now_possible if (as_chosen := _trained_as(choice, choices[0]))), choices[0])
     times["preparing the data"] = corpus.preparing(best.config.vocab_size)
     times["training"] = best.seconds
     times["saving"] = _closing(best.config)
@@ -195,10 +197,18 @@ def _limit(machine: Machine, device: torch.device, asked: int | None) -> int:
     return min(int(FREE * free), asked or free)
 
 
+def _trained_as(choice: Choice, chosen: Choice) -> Choice | None:
+    """What `choice` says of the shape that was chosen, whose memory may have other rows; None of another shape."""
+    config = replace(choice.config, engram_vocab_size=chosen.config.engram_vocab_size)
+    if config != chosen.config:
+        return None
+    return replace(choice, config=config, micro_batch=chosen.micro_batch, memory=chosen.memory)
+
+
 def _closing(config: ModelConfig) -> float:
     """Seconds of the last checkpoint and the model folder; run.py keeps a little more back."""
     counts = cost.parameters(config, mtp=True)
-    return 2.0 + 16 * (counts.total - counts.table) / 100e6
+    return 2.0 + 16 * (counts.total - counts.table) / 100e6 + TABLE_CLOSING * counts.table
 
 
 def _size_of(choice: Choice) -> str:

@@ -29,6 +29,7 @@ class Plan:
     compile: bool = False
     muon: bool = True
     adamw_lr_scale: float = 3.0  # of the learning rate, for embedding, head, router and vectors (docs/lab.md)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     weight_decay: float = 0.1
     clip: float = 1.0
     warmup: int = 20  # steps

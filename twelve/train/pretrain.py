@@ -25,6 +25,7 @@ from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
 
 # of what neither the user nor a plan chose
+BETAS = (0.8, 0.995)  # of AdamW (docs/lab.md)
 DEFAULTS = {
     "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
 }  # fmt: skip
@@ -83,7 +84,9 @@ def pretrain(
             shape = (sizes[name] for name in ("width", "layers", "experts", "experts_per_token", "context"))
             micro = chosen.get("micro_batch")
             if start is None:
-                config = small_v3(words.vocab_size, *shape, mtp, **with_memory(switches, data.tokens))
+                known_rows = {"engram_vocab_size": chosen["memory_rows"]} if chosen else {}
+                parts = with_memory(known_rows | (switches or {}), data.tokens)
+                config = small_v3(words.vocab_size, *shape, mtp, **parts)
                 config.bos_token_id = words.bos_id
                 config.eos_token_id = words.eos_id
                 config.pad_token_id = words.pad_id
@@ -95,7 +98,7 @@ def pretrain(
                 batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
                 micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
-                drawn=drawn(config.vocab_size) if target.type == "cpu" else 0,
+                betas=BETAS, drawn=drawn(config.vocab_size) if target.type == "cpu" else 0,
                 compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
             )  # fmt: skip
             if chosen:
