@@ -87,7 +87,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, lr: float, table_lr: float | None = None) -> None:
-        """Update every parameter that has a gradient, at learning rate `lr`; a table's rows by `table_lr` (that, too)."""
+        """Update every parameter that has a gradient, at learning rate `lr`; a table's rows at `table_lr`, or that."""
         self.step_count += 1
         self._step_matrices(lr)
         self._step_rest(lr * self.adamw_lr_scale)
