@@ -277,9 +277,10 @@ def deepseek_v2_lite() -> ModelConfig:
 
 def with_memory(switches: dict[str, Any] | None = None, text: int = 0, reading: int = 0) -> dict[str, Any]:
     """The `switches` of `small_v3` for a model with Engram, since that predicts text better at equal seconds
-    (docs/lab.md). Its rows grow with the tokens that training will be `reading`, and are no more than the `text` of so
-    many tokens can fill (0: not known, many). An engram_vocab_size of 0 leaves it out."""
+    (docs/lab.md). Its rows grow with the tokens that training will be `reading`, each of the `text` counted once, and
+    are no more than that can fill (0: not known, many). An engram_vocab_size of 0 leaves it out."""
     least, most = MEMORY_ROWS
+    reading = min(reading, text or reading)
     rows = min(most, max(least, 1 << (reading // TOKENS_A_ROW).bit_length() >> 1))
     if text:
         rows = min(rows, 1 << (text - 1).bit_length())

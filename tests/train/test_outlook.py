@@ -125,6 +125,7 @@ def test_sizes_that_are_given_need_no_plan(text, tmp_path, monkeypatch):
 def test_a_memory_grows_with_what_training_reads_up_to_what_the_text_fills():
     rows = [with_memory(reading=tokens)["engram_vocab_size"] for tokens in (0, 10**6, 10**7, 2**24, 2**24 - 1, 10**12)]
     assert rows == [65536, 65536, 2**18, 2**19, 2**18, 2**20]
+    assert with_memory(text=10**7, reading=10**8)["engram_vocab_size"] == 2**18  # read ten times
     assert with_memory(text=3000, reading=10**8)["engram_vocab_size"] == 4096
     assert with_memory({"engram_vocab_size": 7}, reading=10**8)["engram_vocab_size"] == 7
 

@@ -159,12 +159,15 @@ def _planned(
     share = reached(width, vocabulary, experts > 0, request.threads)
     speed = request.gflops * 1e9 * share / work(config, context, batch)
     speed *= COMPILED if request.compiled else 1.0
-    steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))
-    if data_tokens:
-        steps = min(steps, max(1, EPOCHS * data_tokens // (batch * context)))
-    tokens = steps * batch * context
+
+    def steps_of(config: ModelConfig) -> int:
+        steps = int(speed * max(0.0, request.seconds(config)) / (batch * context))
+        return min(steps, max(1, EPOCHS * data_tokens // (batch * context))) if data_tokens else steps
+
+    tokens = steps_of(config) * batch * context
     with_rows = (shaped(tokens >> halvings) for halvings in range(5))
-    config = next((c for c in with_rows if sum(held(c, batch).values()) <= request.memory), config)
+    config = next((larger for larger in with_rows if sum(held(larger, batch).values()) <= request.memory), config)
+    steps = steps_of(config)
     micro, before = batch, memory.tokenizing(request.sample(vocabulary))
     while True:
         taken = held(config, micro)
@@ -172,7 +175,7 @@ def _planned(
             break
         micro = -(-micro // 2)
     taken = max(taken, before, key=lambda parts: sum(parts.values()))
-    epochs = tokens / data_tokens if data_tokens else 0.0
+    epochs = steps * batch * context / data_tokens if data_tokens else 0.0
     rate = request.learning_rate or nearest["rate"]
     return Choice(config, experts, batch, micro, context, rate, steps, speed, epochs, taken, np.inf, np.inf)
 
