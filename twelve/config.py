@@ -281,7 +281,7 @@ def with_memory(switches: dict[str, Any] | None = None, text: int = 0, reading: 
     are no more than that can fill (0: not known, many). An engram_vocab_size of 0 leaves it out."""
     least, most = MEMORY_ROWS
     reading = min(reading, text or reading)
-    rows = min(most, max(least, 1 << (reading // TOKENS_A_ROW).bit_length() >> 1))
+    rows = min(most, max(least, 1 << (reading // TOKENS_A_ROW).bit_length() >> 1))  # a power of two, rounded down
     if text:
         rows = min(rows, 1 << (text - 1).bit_length())
     switches = {"engram_vocab_size": rows, **(switches or {})}

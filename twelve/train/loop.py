@@ -91,8 +91,9 @@ class Trainer:
         """What the report shows of the run, from the lines of its log."""
         return [("Training", report.training_curves(rows))]
 
-    def update(self, rate: float, loss: float) -> float:
-        """Clip the gradients, step, and clear them; the gradients' norm before that.
+    def update(self, rate: float, loss: float, table_rate: float | None = None) -> float:
+        """Clip the gradients, step, and clear them; the gradients' norm before that. A table's rows step at
+        `table_rate`, or else at `rate`, too.
 
         InputError, weights untouched, when it or the `loss` it came from is not finite.
         """
@@ -102,8 +103,7 @@ class Trainer:
                 f"training diverged: the loss is {loss:.3g}, its gradient {norm:.3g} "
                 f"at step {self.step + 1}; start again in another folder with a lower --learning-rate"
             )
-        # what a row moves by falls with every look at it (Adagrad): a table needs no decay besides
-        self.optimizer.step(rate, table_lr=self.plan.learning_rate)
+        self.optimizer.step(rate, table_lr=table_rate)
         self.optimizer.zero_grad()
         self.changed()
         return norm
@@ -246,7 +246,8 @@ class Supervised(Trainer):
             figures["mtp_loss"] += sum(loss.item() for loss in losses.mtp) / max(1, len(losses.mtp)) * share
             figures["balance"] += losses.balance.item() / parts if losses.balance is not None else 0.0
             loads = [a + b for a, b in zip(loads, losses.loads, strict=True)] if loads else losses.loads
-        figures["grad_norm"] = self.update(rate, figures["loss"])
+        # what a row moves by falls with every look at it (Adagrad): a table needs no decay besides
+        figures["grad_norm"] = self.update(rate, figures["loss"], table_rate=plan.learning_rate)
         if loads:
             for router, load in zip(self.routers, loads, strict=True):
                 router.update_bias(load, 0.0 if decaying else plan.bias_update_speed)

@@ -24,8 +24,8 @@ from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
 
-# of what neither the user nor a plan chose
 BETAS = (0.8, 0.995)  # of AdamW (docs/lab.md)
+# of what neither the user nor a plan chose
 DEFAULTS = {
     "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
 }  # fmt: skip
