@@ -155,6 +155,7 @@ def _through(model: Transformer, name: str, states: Tensor, ids: Tensor, keep: b
         if isinstance(block, MTPModule):
             out, _ = block(rows, model.embed_tokens(tokens), at)
         else:
+            at.ids = tokens
             found = model.memory.look_up(tokens, at)[int(name.split(".")[1])] if block.engram is not None else None
             out, _ = block(rows, at, found=found)
         if keep:

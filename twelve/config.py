@@ -23,6 +23,7 @@ SINKHORN_ORDERS = ("columns_first", "deepseek_v4")
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 MEMORY_ROWS = (65536, 1 << 20)  # of a head, at least and at most, in a model that gets a memory unasked
 TOKENS_A_ROW = 32  # that training reads, where it is known how many: rows cost memory and no time (docs/lab.md)
+TOKEN_RANK = 64  # of latents, in such a model: a vector of a head's width for every token (docs/lab.md)
 
 
 @dataclass
@@ -55,6 +56,10 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # value embeddings (arXiv 2410.17897) in the latent: in these layers, its last kv_token_rank elements are a learned
+    # vector of the token itself, the others come from the state as ever
+    kv_token_rank: int = 0
+    kv_token_layer_ids: list[int] = field(default_factory=list)
     # mixture of experts (V3 section 2.1.2); n_routed_experts None means dense layers only
     n_routed_experts: int | None = None
     n_shared_experts: int | None = None
@@ -114,7 +119,11 @@ class ModelConfig:
     @property
     def is_plain(self) -> bool:
         """Whether every part is one that the family's other implementations have."""
-        return self.hc_mult == 1 and not self.engram_layer_ids
+        return self.hc_mult == 1 and not self.engram_layer_ids and not self.kv_token_layer_ids
+
+    def token_rank(self, index: int) -> int:
+        """Elements of decoder layer `index`'s latent that are the token's own."""
+        return self.kv_token_rank if index in self.kv_token_layer_ids else 0
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether decoder layer `index` has routed experts; MTP modules count on from num_hidden_layers."""
@@ -164,8 +173,14 @@ class ModelConfig:
 
         need(
             self.is_plain or self.model_type == "twelve",
-            f"hc_mult and engram_layer_ids need model_type 'twelve', not {self.model_type!r}",
+            f"hc_mult, engram_layer_ids and kv_token_layer_ids need model_type 'twelve', not {self.model_type!r}",
         )
+        if self.kv_token_layer_ids:
+            need(self.is_mla, "kv_token_layer_ids need latent attention (kv_lora_rank)")
+            rank = self.kv_token_rank
+            need(0 < rank < self.kv_lora_rank, f"kv_token_rank {rank} is not between 0 and kv_lora_rank")
+            for index in self.kv_token_layer_ids:
+                need(index in range(self.num_hidden_layers), f"kv_token_layer_ids: there is no layer {index!r}")
         need(isinstance(self.hc_mult, int) and 1 <= self.hc_mult <= 16, f"hc_mult {self.hc_mult!r} is not 1 to 16")
         need(self.hc_sinkhorn_iters > 0, f"hc_sinkhorn_iters {self.hc_sinkhorn_iters} must be positive")
         order = self.hc_sinkhorn_order
@@ -230,6 +245,8 @@ class ModelConfig:
             }  # fmt: skip
         else:
             dropped |= {"head_dim"}
+        if not self.kv_token_layer_ids:
+            dropped |= {"kv_token_rank", "kv_token_layer_ids"}
         if self.hc_mult == 1:
             dropped |= {key for key in values if key.startswith("hc_")}
         if not self.engram_layer_ids:
@@ -276,18 +293,19 @@ def deepseek_v2_lite() -> ModelConfig:
 
 
 def with_memory(switches: dict[str, Any] | None = None, text: int = 0, reading: int = 0) -> dict[str, Any]:
-    """The `switches` of `small_v3` for a model with Engram, since that predicts text better at equal seconds
-    (docs/lab.md). Its rows grow with the tokens that training will be `reading`, each of the `text` counted once, and
-    are no more than that can fill (0: not known, many). An engram_vocab_size of 0 leaves it out."""
+    """The `switches` of `small_v3` for a model with Engram and tokens' own parts of latents, since these predict text
+    better at equal seconds (docs/lab.md). Rows grow with the tokens that training will be `reading`, each of the `text`
+    counted once, and are no more than that can fill (0: not known, many). An engram_vocab_size of 0 leaves out both,
+    for a shape that others know."""
     least, most = MEMORY_ROWS
     reading = min(reading, text or reading)
     rows = min(most, max(least, 1 << (reading // TOKENS_A_ROW).bit_length() >> 1))  # a power of two, rounded down
     if text:
         rows = min(rows, 1 << (text - 1).bit_length())
-    switches = {"engram_vocab_size": rows, **(switches or {})}
+    switches = {"engram_vocab_size": rows, "kv_token_rank": TOKEN_RANK, **(switches or {})}
     if switches["engram_vocab_size"]:
         return switches
-    return {key: value for key, value in switches.items() if not key.startswith("engram_")}
+    return {key: value for key, value in switches.items() if not key.startswith(("engram_", "kv_token_"))}
 
 
 def small_v3(
@@ -298,20 +316,24 @@ def small_v3(
 
     Heads have 32 unrotated and 32 rotated elements and values of 64, so that the fused attention kernels, which want
     keys and values of one width, need no padding. The latent and an expert are half as wide as the model. `experts=0`
-    gives dense layers only. `switches` are keys that begin with hc_ or engram_; any of the latter adds Engram, by
-    default to the second layer and to the middle one.
+    gives dense layers only. `switches` are keys that begin with hc_, engram_ or kv_token_. Any of engram_ adds Engram,
+    by default to the second layer and to the middle one; a kv_token_rank makes the latent larger by that, with the
+    tokens' own vectors by default in the last layer and every second one before it.
     """
     if width % 64:
         raise InputError(f"width {width} must be a multiple of 64")
     expert_width = width // 2
     if any(key.startswith("engram_") for key in switches):
         switches = {"engram_layer_ids": sorted({min(1, layers - 1), layers // 2}), **switches}
-    plain = switches.get("hc_mult", 1) == 1 and not switches.get("engram_layer_ids")
+    own = switches.get("kv_token_rank", 0)
+    if own:
+        switches = {"kv_token_layer_ids": list(range((layers - 1) % 2, layers, 2)), **switches}
+    plain = switches.get("hc_mult", 1) == 1 and not switches.get("engram_layer_ids") and not own
     return ModelConfig(
         model_type="deepseek_v3" if plain else "twelve", vocab_size=vocab_size, hidden_size=width,
         intermediate_size=expert_width * (experts_per_token + 1), num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64), max_position_embeddings=context,
-        q_lora_rank=None, kv_lora_rank=max(32, width // 2), qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
+        num_attention_heads=max(1, width // 64), max_position_embeddings=context, q_lora_rank=None,
+        kv_lora_rank=max(32, width // 2) + own, qk_nope_head_dim=32, qk_rope_head_dim=32, v_head_dim=64,
         n_routed_experts=experts or None, n_shared_experts=1 if experts else None,
         num_experts_per_tok=min(experts_per_token, experts) if experts else None,
         moe_intermediate_size=expert_width if experts else None, first_k_dense_replace=1 if experts else 0,

@@ -19,7 +19,7 @@ from twelve.model.moe import Experts
 
 PANEL, BLOCK = 16, 32  # rows of a panel, columns of a block
 BUFFERS = ("packed_weight", "packed_scales")  # how the names of packed tensors end
-KEPT = ("kv_b_proj",)  # absorbed attention takes it apart
+KEPT = ("kv_b_proj", "token_latent")  # absorbed attention takes it apart; read where the latent is made
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ IDS = random_ids()
 SHAPES = CASES | {
     "v3-mtp": ("deepseek_v3", V3 | {"num_nextn_predict_layers": 2}),
     "v3-groups-qlora-bias-mtp": ("deepseek_v3", V3_GROUPS | {"num_nextn_predict_layers": 1, "attention_bias": True}),
+    "token-latents": ("twelve", V3 | {"kv_token_rank": 5, "kv_token_layer_ids": [0, 2]}),
 }
 FAMILIES = ["v3-groups-qlora-bias-mtp", "v3-mtp", "v3-tied-bias", "v2-groups-qlora-yarn", "llama-tied-biases", "qwen2",
-            "qwen3-bias-yarn", "v3-all-dense"]  # fmt: skip
+            "qwen3-bias-yarn", "v3-all-dense", "token-latents"]  # fmt: skip
 
 
 def model_of(case: str, **changes) -> Transformer:

@@ -24,6 +24,7 @@ CONFIGS = {
     "v3-q-lora-groups-yarn": changed(V3, q_lora_rank=24, n_group=4, topk_group=2, rope_parameters=YARN),
     "v2-groups": changed(V3, model_type="deepseek_v2", scoring_func="softmax", topk_method="group_limited_greedy",
                          n_group=2, topk_group=1, norm_topk_prob=False, v_head_dim=24),
+    "token-latents": small_v3(1003, 64, 3, 8, 3, 64, kv_token_rank=16),
     "llama": ModelConfig(model_type="llama", **GQA),
     "qwen2-tied": ModelConfig(model_type="qwen2", attention_bias=True, tie_word_embeddings=True, **GQA),
     "qwen3": ModelConfig(model_type="qwen3", head_dim=24, **GQA),
@@ -56,7 +57,7 @@ def test_cached_chunks_equal_the_full_pass(name, chunk):
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["v3", "v3-q-lora-groups-yarn", "v2-groups"])
+@pytest.mark.parametrize("name", ["v3", "v3-q-lora-groups-yarn", "v2-groups", "token-latents"])
 def test_absorbed_form_equals_expanded_form(name):
     attention = random_model(CONFIGS[name]).layers[0].self_attn
     x = torch.randn(2, 19, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -64,6 +65,30 @@ def test_absorbed_form_equals_expanded_form(name):
     expanded, absorbed = attention(x, at, absorb=False), attention(x, at, absorb=True)
     assert expanded.std() > 0.1
     torch.testing.assert_close(absorbed, expanded, atol=1e-10, rtol=0)
+
+
+def test_tokens_own_latents_are_values_from_the_first_step_on():
+    """With a latent from the state of zero, attention is the mean over the past of what its tokens' vectors say."""
+    config = small_v3(97, 128, 3, 0, kv_token_rank=64)
+    assert config.kv_token_layer_ids == [0, 2] and config.kv_lora_rank == 128
+    model, ids = Transformer(config).init_weights(0).double(), torch.arange(9)[None]
+    attention = model.layers[0].self_attn
+    assert model.layers[1].self_attn.token_latent is None and attention.heads == 2
+    with torch.no_grad():
+        attention.kv_a_layernorm.weight.zero_()
+        attention.kv_a_proj_with_mqa.weight[-config.qk_rope_head_dim :] = 0
+        found = attention(torch.randn(1, 9, 128, dtype=torch.float64), model.positions(ids))
+    said = attention.token_latent.weight[:9].cumsum(0) / torch.arange(1, 10)[:, None]
+    torch.testing.assert_close(found[0], attention.o_proj(said.repeat(1, 2)), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("switches", "said"), [
+    ({"kv_token_rank": 200}, "kv_token_rank 200"), ({"kv_token_layer_ids": [3]}, "no layer 3"),
+    ({"model_type": "deepseek_v3"}, "model_type 'twelve'"), ({"kv_lora_rank": None, "head_dim": 64}, "need latent"),
+])  # fmt: skip
+def test_what_token_latents_do_not_go_with(switches, said):
+    with pytest.raises(InputError, match=said):
+        changed(CONFIGS["token-latents"], **switches)
 
 
 def test_latent_cache_holds_rank_plus_rope_elements_a_token():

@@ -98,6 +98,9 @@ def configs(draw):
               "first_k_dense_replace": draw(st.integers(0, 2)),
               "topk_method": draw(st.sampled_from(["noaux_tc", "greedy"]))}  # fmt: skip
     switches = {"hc_mult": draw(st.sampled_from([1, 2, 3, 4]))}
+    own = draw(st.sets(st.integers(0, layers - 1)))
+    if own:
+        switches |= {"kv_token_rank": draw(st.integers(1, 19)), "kv_token_layer_ids": sorted(own)}
     if draw(st.booleans()):
         places = draw(st.sets(st.integers(0, layers - 1), min_size=1))
         switches |= {"engram_layer_ids": sorted(places), "engram_max_ngram_size": draw(st.integers(2, 4)),

@@ -193,6 +193,8 @@ def family_of(config: ModelConfig) -> str:
     reasons = list(_latent_obstacles(config) if config.is_mla else _grouped_obstacles(config))
     if config.hc_mult > 1:
         reasons.insert(0, "has no hyper-connections (hc_mult)")
+    if config.kv_token_layer_ids:
+        reasons.insert(0, "has no tokens' own parts of latents (kv_token_layer_ids)")
     if config.engram_layer_ids:
         without = "train a model without one: `twelve pretrain TEXT --engram-vocab-size 0`"
         reasons.insert(0, f"has no Engram memory (engram_layer_ids); {without}")

@@ -111,6 +111,7 @@ def with_layers(model: Transformer, sources: list[int]) -> Transformer:
     config = replace(
         config, num_hidden_layers=len(sources), first_k_dense_replace=first_dense,
         engram_layer_ids=[engrams[layer] for layer in left], engram_hash_layers=_hash_layers(config, left),
+        kv_token_layer_ids=[place for place, source in enumerate(sources) if source in config.kv_token_layer_ids],
     )  # fmt: skip
     return assemble(config, state, model.memory)
 

@@ -22,12 +22,14 @@ def scaled(config: ModelConfig, width: int) -> ModelConfig:
         step = math.gcd(old, whole) if old else 1  # what divides the size, up to that, goes on dividing it
         return old and step * max(1, round(old * width / config.hidden_size / step))
 
+    own = config.kv_token_rank if config.kv_token_layer_ids else 0  # tokens keep their part of a latent
+    made = size(config.kv_lora_rank and config.kv_lora_rank - own)
     together = 1 if config.is_mla else config.num_attention_heads // config.num_key_value_heads
     heads = size(config.num_attention_heads // together, 1)
     return replace(
         config, hidden_size=width, num_attention_heads=heads * together, num_key_value_heads=heads,
         intermediate_size=size(config.intermediate_size), moe_intermediate_size=size(config.moe_intermediate_size),
-        kv_lora_rank=size(config.kv_lora_rank), q_lora_rank=size(config.q_lora_rank),
+        kv_lora_rank=made and made + own, q_lora_rank=size(config.q_lora_rank),
         tie_word_embeddings=config.tie_word_embeddings and width > config.hidden_size,
     )  # fmt: skip
 
@@ -141,7 +143,9 @@ class _Change:
         old, new = self.old, self.new
         score = self._score(f"{name}.o_proj", old.num_attention_heads)
         heads = self._units(old.num_attention_heads, new.num_attention_heads, score)
-        latent = self._behind_norm(old.kv_lora_rank, new.kv_lora_rank, self.moments.get(f"{name}.kv_a_layernorm"))
+        own = self.before[f"{name}.token_latent.weight"].shape[1] if f"{name}.token_latent.weight" in self.before else 0
+        made = old.kv_lora_rank - own
+        latent = self._behind_norm(made, new.kv_lora_rank - own, self.moments.get(f"{name}.kv_a_layernorm"))
         first = "q_proj" if old.q_lora_rank is None else "q_a_proj"
         query, both = self._read(norm, self.stream, *self._weights(name, first, "kv_a_proj_with_mqa"))
         if old.q_lora_rank is not None:
@@ -154,11 +158,15 @@ class _Change:
 
         def rows(both: Tensor) -> Tensor:
             """The latent, then the shared rotary key, which no width touches."""
-            return torch.cat((latent.rows(both[: old.kv_lora_rank]), both[old.kv_lora_rank :]))
+            return torch.cat((latent.rows(both[:made]), both[made:]))
 
         self._put_with_bias(f"{name}.kv_a_proj_with_mqa", both, rows)
-        [keys_values] = self._read(f"{name}.kv_a_layernorm", latent, *self._weights(name, "kv_b_proj"))
+        keys_values = self.get(f"{name}.kv_b_proj.weight")
+        [of_state] = self._read(f"{name}.kv_a_layernorm", latent, keys_values[:, :made])
+        keys_values = torch.cat((of_state, keys_values[:, made:]), dim=1)
         self.put(f"{name}.kv_b_proj.weight", self._blocks(heads, keys_values))
+        if own:
+            self.put(f"{name}.token_latent.weight", self.get(f"{name}.token_latent.weight"))
         self._put_output(f"{name}.o_proj", heads)
 
     def _grouped(self, name: str, norm: str) -> None:

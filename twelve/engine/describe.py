@@ -37,7 +37,7 @@ LAYER_VECTORS = {  # field of step.cpp's Layer: the parameter's name in a block
     "input_norm": "input_layernorm.weight", "post_norm": "post_attention_layernorm.weight",
     "q_a_norm": "self_attn.q_a_layernorm.weight", "kv_a_norm": "self_attn.kv_a_layernorm.weight",
     "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight", "kv_b": "self_attn.kv_b_proj.weight",
-    "router_bias": "mlp.gate.e_score_correction_bias",
+    "token_latent": "self_attn.token_latent.weight", "router_bias": "mlp.gate.e_score_correction_bias",
 }  # fmt: skip
 LAYER_MATRICES = {  # the module's name; a dense layer's, or that of the shared experts beside routed ones
     "q_a": "self_attn.q_a_proj", "q_b": "self_attn.q_b_proj", "q": "self_attn.q_proj",
@@ -58,8 +58,9 @@ Layer = structure(
 Module = structure("Module", ("enorm hnorm norm", pointer), ("eh_proj", Matrix), ("head", Mixer))
 Model = structure(
     "Model",
-    ("layers modules hidden vocabulary latent heads kv_heads nope rope v_width rank q_rank interleave experts top_k "
-     "expert_width groups top_groups group_best softmax normalise streams constrained transposed rounds", integer),
+    ("layers modules hidden vocabulary latent heads kv_heads nope rope v_width rank token_rank q_rank interleave "
+     "experts top_k expert_width groups top_groups group_best softmax normalise streams constrained transposed "
+     "rounds", integer),
     ("norm_eps latent_eps scale rope_scale routed_scale lift least tolerance", number),
     ("embedding head", Matrix), ("stream_head", Mixer), ("memory", Memory),
     ("final_norm frequencies layer module", pointer),
@@ -99,7 +100,8 @@ class Weights:
             layers=len(model.layers), modules=len(model.mtp), hidden=c.hidden_size, vocabulary=vocab_size,
             latent=c.is_mla, heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
             nope=c.qk_nope_head_dim if c.is_mla else 0, rope=c.rope_dim,
-            v_width=c.v_head_dim if c.is_mla else c.head_dim, rank=c.kv_lora_rank or 0, q_rank=c.q_lora_rank or 0,
+            v_width=c.v_head_dim if c.is_mla else c.head_dim, rank=c.kv_lora_rank or 0, token_rank=c.kv_token_rank,
+            q_rank=c.q_lora_rank or 0,
             interleave=c.is_mla and c.rope_interleave, experts=c.n_routed_experts or 0,
             top_k=c.num_experts_per_tok or 0, expert_width=c.moe_intermediate_size or 0, groups=groups,
             top_groups=(c.topk_group or groups) if choosing else groups,

@@ -2,7 +2,7 @@
 
 Keys and values live in pages of PAGE tokens. A page is one block of memory for all layers (main layers, then MTP
 modules); within it a layer has
-    latent attention:         [PAGE, kv_lora_rank + qk_rope_head_dim]: normalised latent, then rotated shared key
+    latent attention:         [PAGE, kv_lora_rank + qk_rope_head_dim]: latent, then rotated shared key
     grouped-query attention:  keys, transposed, [kv_heads, head_dim, PAGE]; then values [kv_heads, PAGE, head_dim]
 and after all layers
     an Engram layer:          [PAGE, streams]: its gates, if it has a convolution. The rest of what that needs of past
@@ -92,7 +92,9 @@ class Runner(Protocol):
 def page_shape(config, layers: int) -> list[tuple[int, ...]]:
     """(rows, length, ...) of every segment of a page: what differs in magnitude lies in different pieces of a row."""
     if config.is_mla:
-        return [(PAGE, config.kv_lora_rank, config.qk_rope_head_dim)] * layers
+        own = config.kv_token_rank
+        latent = (config.kv_lora_rank - own, own) if own else (config.kv_lora_rank,)
+        return [(PAGE, *latent, config.qk_rope_head_dim)] * layers
     heads, width = config.num_key_value_heads, config.head_dim
     return [(heads * width, PAGE), (heads * PAGE, width)] * layers
 

@@ -27,6 +27,7 @@ class Positions:
     # for Engram, which looks at what precedes a token in its document
     depth: Tensor | None = None  # [B or 1, T] int64: how many tokens precede it; None: a row is all one document
     past: Tensor | None = None  # [B, P] int64: ids of the tokens right before the first, -1 where there is none
+    ids: Tensor | None = None  # [B, T] int64: the tokens, for latents that hold a part of their own
 
 
 class LayerCache:
@@ -79,9 +80,12 @@ class LatentAttention(nn.Module):
     Absorbed form: W_UK moves into the query and W_UV behind the softmax, so heads attend over the latents themselves
     (multi-query attention of width rank + rope); best when there are few. The cache holds only the normalised latent
     and the rotated shared key.
+
+    With `token_rank` the last elements of the latent are a learned vector of the token, behind the norm: what a token
+    says wherever it stands (value embeddings, arXiv 2410.17897), at no arithmetic.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, token_rank: int = 0) -> None:
         super().__init__()
         self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
         self.nope, self.rope, self.v_width = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -96,8 +100,10 @@ class LatentAttention(nn.Module):
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
         self.has_q_lora = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.rank + self.rope, bias=bias)
-        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.made = self.rank - token_rank  # elements of the latent that come from the state
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.made + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.made)
+        self.token_latent = nn.Embedding(config.vocab_size, token_rank) if token_rank else None
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.v_width), bias=False)
         self.o_proj = nn.Linear(self.heads * self.v_width, hidden, bias=bias)
         # multiply-adds a query-key pair and head, absorbed less expanded, against those of expanding one key
@@ -107,6 +113,15 @@ class LatentAttention(nn.Module):
     def cache_shapes(self) -> list[tuple[int, ...]]:
         return [(self.rank + self.rope,)]
 
+    def begin_token_latents(self) -> None:
+        """Tokens' vectors are values as they are, head by head and from the start again, and of no key: weights drawn
+        at random take hundreds of steps to let them through (docs/lab.md)."""
+        own = self.rank - self.made
+        values = torch.arange(self.heads * self.v_width)
+        weight = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_width, self.rank)
+        weight[:, : self.nope, self.made :] = 0
+        weight[:, self.nope :, self.made :] = torch.eye(own)[values % own].view(self.heads, self.v_width, own)
+
     def forward(self, x: Tensor, at: Positions, cache: LayerCache | None = None, absorb: bool | None = None) -> Tensor:
         """x [B, T, D] -> [B, T, D]. `absorb` forces a form; by default the one with less arithmetic runs."""
         batch, length, _ = x.shape
@@ -115,8 +130,10 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = query.split((self.nope, self.rope), dim=-1)
         q_rope = self.rotate(q_rope, at.cos, at.sin)
 
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.made, self.rope), dim=-1)
         latent = self.kv_a_layernorm(latent)
+        if self.token_latent is not None:
+            latent = torch.cat((latent, self.token_latent(at.ids).to(latent.dtype)), dim=-1)
         k_rope = self.rotate(k_rope[:, :, None], at.cos, at.sin)[:, :, 0]
         if cache is not None:
             (entries,) = cache.append(at.start, torch.cat((latent, k_rope), dim=-1))

@@ -37,7 +37,8 @@ class Block(nn.Module):
         self.engram = Engram(config) if index in config.engram_layer_ids else None
         self.attn_hc = HyperConnection(config, 2 * index) if config.hc_mult > 1 else Residual()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config) if config.is_mla else GroupedQueryAttention(config)
+        latent = config.is_mla
+        self.self_attn = LatentAttention(config, config.token_rank(index)) if latent else GroupedQueryAttention(config)
         self.ffn_hc = HyperConnection(config, 2 * index + 1) if config.hc_mult > 1 else Residual()
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(index)
@@ -137,6 +138,8 @@ class Transformer(nn.Module):
         for module in self.modules():
             if hasattr(module, "initialise"):
                 module.initialise()
+        for index in self.config.kv_token_layer_ids:
+            self.layers[index].self_attn.begin_token_latents()
         if self.memory is not None and self.memory.table is None:
             self.memory.create()
         return self
@@ -191,7 +194,7 @@ class Transformer(nn.Module):
             mask = same.tril()[:, None]  # [B, 1, T, T]
         elif start and length > 1:
             mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)[None, None]
-        return Positions(cos, sin, mask, start, depth, past)
+        return Positions(cos, sin, mask, start, depth, past, ids)
 
     def hidden(self, ids: Tensor, at: Positions, cache: Cache | None = None) -> tuple[Tensor, list[Routing]]:
         """ids [B, T] -> states after the final norm [B, T, D], and the routing of each MoE layer in training."""

@@ -20,7 +20,8 @@ class Parameters:
 
     total: int
     active: int
-    embedding: int = 0  # these three are contained in both of the above, the table as far as it is read
+    embedding: int = 0  # these three are contained in both of the above, the table as far as it is read; with tokens'
+    # own parts of latents
     head: int = 0  # 0 where it is the embedding
     table: int = 0  # of Engram, all of it
 
@@ -56,11 +57,13 @@ def mtp_module(config: ModelConfig, depth: int = 0) -> Parameters:
 def _block(c: ModelConfig, index: int) -> Parameters:
     feed, idle = _feed_forward(c, index)
     vectors = 2 * c.hidden_size  # norms
-    size = vectors + _attention(c) + feed + 2 * _hyper_connection(c) + (index in c.engram_layer_ids) * _lookup(c)
-    return Parameters(size, size - idle)
+    own = c.vocab_size * c.token_rank(index)
+    size = vectors + _attention(c, index) + own + feed + 2 * _hyper_connection(c)
+    size += (index in c.engram_layer_ids) * _lookup(c)
+    return Parameters(size, size - idle, own)
 
 
-def _attention(c: ModelConfig) -> int:
+def _attention(c: ModelConfig, index: int) -> int:
     width, heads = c.hidden_size, c.num_attention_heads
     if not c.is_mla:
         queries, keys = heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -69,9 +72,10 @@ def _attention(c: ModelConfig) -> int:
     queries, rank = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), c.kv_lora_rank
     low = c.q_lora_rank
     size = width * queries if low is None else width * low + low + low * queries
-    size += width * (rank + c.qk_rope_head_dim) + rank + rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    made = rank - c.token_rank(index)
+    size += width * (made + c.qk_rope_head_dim) + made + rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
     size += heads * c.v_head_dim * width
-    return size + ((low or 0) + rank + c.qk_rope_head_dim + width if c.attention_bias else 0)
+    return size + ((low or 0) + made + c.qk_rope_head_dim + width if c.attention_bias else 0)
 
 
 def _feed_forward(c: ModelConfig, index: int) -> tuple[int, int]:
@@ -173,7 +177,7 @@ def _multiplied(c: ModelConfig) -> int:
     blocks = 0
     for index in range(c.num_hidden_layers + c.num_nextn_predict_layers):
         feed, idle = _feed_forward(c, index)
-        blocks += _attention(c) + feed - idle + 2 * mixing
+        blocks += _attention(c, index) + feed - idle + 2 * mixing
     lookups = len(c.engram_layer_ids) * (_read_width(c) * (1 + n) + (1 + c.engram_kernel_size) * n) * width
     joining = c.num_nextn_predict_layers * 2 * width * width
     return blocks + lookups + joining + (1 + c.num_nextn_predict_layers) * c.vocab_size * width
@@ -195,7 +199,7 @@ def matrices(config: ModelConfig) -> Counter[tuple[int, int]]:
             if c.q_lora_rank is not None:
                 found[c.q_lora_rank, width] += 1
             found[query, c.q_lora_rank or width] += heads
-            found[c.kv_lora_rank + c.qk_rope_head_dim, width] += 1
+            found[c.kv_lora_rank - c.token_rank(index) + c.qk_rope_head_dim, width] += 1
             found[c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank] += heads
             found[width, heads * c.v_head_dim] += 1
         else:

@@ -70,6 +70,7 @@ struct AttentionLayers : State {
 
     void latent_attention(const Team& t, const Batch& b, int64_t index, const Layer& w, int64_t begin, int64_t end) {
         const int64_t half = m.rope / 2, both_sizes = m.nope + m.v_width;
+        const int64_t own = w.token_latent ? m.token_rank : 0, made = m.rank - own;  // of the latent: the token's own
         multiply(t, w.kv_a, normed.rows, b.rows, kv.data(), entry);
         if (m.q_rank) {
             multiply(t, w.q_a, normed.rows, b.rows, low.rows.x, m.q_rank);
@@ -87,9 +88,10 @@ struct AttentionLayers : State {
             float *mine = cache(row_sequence[r], position / PAGE, index, b) + position % PAGE * entry,
                   *from = kv.data() + r * entry;
             const float *cos = cosines.data() + r * half, *sin = sines.data() + r * half;
-            rotate(from + m.rank, cos, sin, half, m.interleave);
-            rms_norm(mine, from, w.kv_a_norm, m.rank, m.latent_eps);
-            std::memcpy(mine + m.rank, from + m.rank, m.rope * sizeof(float));
+            rotate(from + made, cos, sin, half, m.interleave);
+            rms_norm(mine, from, w.kv_a_norm, made, m.latent_eps);
+            if (own) std::memcpy(mine + made, w.token_latent + b.tokens[r] * own, own * sizeof(float));
+            std::memcpy(mine + m.rank, from + made, m.rope * sizeof(float));
             for (int64_t h = 0; h < m.heads; ++h) {
                 float *q = query.data() + r * query_size + h * head_size,
                       *to = absorbed.data() + (r * m.heads + h) * entry;

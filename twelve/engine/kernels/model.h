@@ -25,7 +25,7 @@ struct Memory {  // Engram's table, and how tokens become rows of it
 };
 
 struct Layer {
-    const float *input_norm, *post_norm, *q_a_norm, *kv_a_norm, *q_norm, *k_norm, *kv_b, *router_bias;
+    const float *input_norm, *post_norm, *q_a_norm, *kv_a_norm, *q_norm, *k_norm, *kv_b, *token_latent, *router_bias;
     Matrix q_a, q_b, q, kv_a, k, v, o, router, gate, up, down, expert_gate_up, expert_down;
     Mixer attention_mixer, feed_forward_mixer;
     const Recall* recall;  // null: none
@@ -39,7 +39,7 @@ struct Module {  // multi-token prediction
 
 struct Model {
     int64_t layers, modules, hidden, vocabulary;
-    int64_t latent, heads, kv_heads, nope, rope, v_width, rank, q_rank,
+    int64_t latent, heads, kv_heads, nope, rope, v_width, rank, token_rank, q_rank,
         interleave;  // GQA: nope 0, rope = v_width = head
     int64_t experts, top_k, expert_width, groups, top_groups, group_best, softmax, normalise;
     int64_t streams, constrained, transposed, rounds;  // hyper-connections; rounds, tolerance: of Sinkhorn's algorithm
