@@ -85,7 +85,7 @@ def pretrain(
             micro = chosen.get("micro_batch")
             if start is None:
                 known_rows = {"engram_vocab_size": chosen["memory_rows"]} if chosen else {}
-                parts = with_memory(known_rows | (switches or {}), data.tokens)
+                parts = with_memory(known_rows | (switches or {}), data.tokens, (steps or 0) * rows * length)
                 config = small_v3(words.vocab_size, *shape, mtp, **parts)
                 config.bos_token_id = words.bos_id
                 config.eos_token_id = words.eos_id
