@@ -180,7 +180,8 @@ class ModelConfig:
             rank = self.kv_token_rank
             need(0 < rank < self.kv_lora_rank, f"kv_token_rank {rank} is not between 0 and kv_lora_rank")
             for index in self.kv_token_layer_ids:
-                need(index in range(self.num_hidden_layers), f"kv_token_layer_ids: there is no layer {index!r}")
+                known = isinstance(index, int) and 0 <= index < self.num_hidden_layers
+                need(known, f"kv_token_layer_ids: there is no layer {index!r}")
         need(isinstance(self.hc_mult, int) and 1 <= self.hc_mult <= 16, f"hc_mult {self.hc_mult!r} is not 1 to 16")
         need(self.hc_sinkhorn_iters > 0, f"hc_sinkhorn_iters {self.hc_sinkhorn_iters} must be positive")
         order = self.hc_sinkhorn_order

@@ -20,8 +20,8 @@ class Parameters:
 
     total: int
     active: int
-    embedding: int = 0  # these three are contained in both of the above, the table as far as it is read; with tokens'
-    # own parts of latents
+    # these three are contained in both of the above, the table as far as it is read
+    embedding: int = 0  # and tokens' own parts of latents, looked up like it
     head: int = 0  # 0 where it is the embedding
     table: int = 0  # of Engram, all of it
 
