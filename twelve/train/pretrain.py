@@ -42,12 +42,13 @@ def pretrain(
     """Train a V3-shape model with a memory on documents and save it as a folder; the same call again resumes.
 
     `paths` are text files or folders, or one folder that `twelve tokenize` wrote. `batch` is in rows of `context`
-    tokens. `switches` are more keys of the config, of hyper-connections (hc_) and memory (engram_; an engram_vocab_size
-    of 0 leaves it out). One of `minutes` (for everything, from `started`, a time.monotonic(), to the end) and `steps`
-    sets the length; 10 minutes if none does. Where minutes are given and none of the model's sizes, a plan chooses what
-    is not given (`outlook.expect`); else DEFAULTS do. `memory`: bytes that the process is to stay below, by smaller
-    micro-batches and models. `start`: a model whose weights, sizes and tokenizer the run begins with. `filter`: drop
-    bad text first. Returns the figures of the run. Raises InputError for bad input and Interrupted on Ctrl-C.
+    tokens. `switches` are more keys of the config, of hyper-connections (hc_), memory (engram_) and tokens' own parts
+    of latents (kv_token_); an engram_vocab_size of 0 leaves out the last two. One of `minutes` (for everything, from
+    `started`, a time.monotonic(), to the end) and `steps` sets the length; 10 minutes if none does. Where minutes are
+    given and none of the model's sizes, a plan chooses what is not given (`outlook.expect`); else DEFAULTS do.
+    `memory`: bytes that the process is to stay below, by smaller micro-batches and models. `start`: a model whose
+    weights, sizes and tokenizer the run begins with. `filter`: drop bad text first. Returns the figures of the run.
+    Raises InputError for bad input and Interrupted on Ctrl-C.
     """
     if minutes is None and steps is None:
         minutes = 10.0
