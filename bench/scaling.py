@@ -34,7 +34,7 @@ from twelve.files import write_json
 
 SHAPES = ("64x2", "128x3", "192x4", "256x4", "320x5", "384x6", "512x7", "640x8")  # width x layers
 SETTINGS = ("context", "marks", "limit", "decay_share")
-KEYS = ("width", "layers", "experts", "vocabulary", "batch", "rate", "seed", "threads")
+KEYS = ("width", "layers", "experts", "vocabulary", "batch", "rate", "reading", "seed", "threads")
 NAME = ("{width}x{layers}, {experts} experts, vocabulary {vocabulary}, {batch} rows, rate {rate:g}, seed {seed}, "
         "{threads} threads")  # fmt: skip
 WARM = 3  # steps that tell nothing of the speed
@@ -66,7 +66,8 @@ def run(job: runs.Job, options: argparse.Namespace, folder: Path) -> runs.Row:
     tokens = tokens_of(job["vocabulary"], options)
     data, words = PackedData(tokens), Tokenizer.load(tokens)
     context, batch, seed = options.context, job["batch"], job["seed"]
-    config = small_v3(words.vocab_size, job["width"], job["layers"], job["experts"], 2, context, **with_memory())
+    config = small_v3(words.vocab_size, job["width"], job["layers"], job["experts"], 2, context,
+                      **with_memory(text=data.tokens, reading=job["reading"]))  # fmt: skip
     config = runs.with_tokenizer(config, words)
     model = Transformer(config)
     model.memory.use_tokenizer(words)
@@ -95,7 +96,8 @@ def run(job: runs.Job, options: argparse.Namespace, folder: Path) -> runs.Row:
     middle = statistics.median(times[WARM:] or times)
     return {
         "context": context, "total": counts.total - counts.table,
-        "active": counts.active, "flops": cost.causal_flops(config, context), "work": work(config, context, batch),
+        "active": counts.active, "outside": counts.embedding + counts.head,
+        "flops": cost.causal_flops(config, context), "work": work(config, context, batch),
         "bytes_per_token": round(data.bytes / data.tokens, 4), "processor": machine.processor,
         "gflops": round(gflops, 1), "memory_gb_s": machine.memory_gb_s, "torch": machine.torch,
         "step_seconds": round(middle, 4), "tokens_per_second": round(batch * context / middle, 1),
@@ -146,6 +148,8 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[8], help="rows a step")
     parser.add_argument("--rate", nargs="+", type=float, default=[4e-3], help="learning rates")
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--reading", type=int, default=0, metavar="TOKENS",
+                        help="that the longest mark will read, for the memory's rows (default: few)")  # fmt: skip
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--decay-share", type=float, default=0.4, help="of a branch (default: 0.4, as pretrain has)")
     parser.add_argument("--threads", type=int, default=1, help="of a run")
@@ -190,7 +194,7 @@ def jobs(options: argparse.Namespace) -> list[runs.Job]:
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     choices = product(options.seed, options.rate, options.batch, options.vocabulary, options.experts, shapes)
     return [
-        dict(zip(KEYS, (*shape, experts, vocabulary, batch, rate, seed, options.threads), strict=True))
+        dict(zip(KEYS, (*shape, experts, vocabulary, batch, rate, options.reading, seed, options.threads), strict=True))
         | {"settings": settings(vocabulary, options)}
         for seed, rate, batch, vocabulary, experts, shape in choices
     ]

@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("model", metavar="MODEL")
     made.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl with 'messages'")
     made.add_argument("--out", default="runs/sft", metavar="FOLDER", help="the new model (default: runs/sft)")
-    _training(made)
+    _training(made, unset="three passes over PATH")
     made.add_argument("--lora", type=positive, metavar="RANK", help="train adapters of this rank only: less memory")
     _computing(made)
 
@@ -268,14 +268,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _length(made: argparse.ArgumentParser) -> None:
+def _length(made: argparse.ArgumentParser, unset: str = "10") -> None:
     length = made.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive_float, help="for everything, from start to end (default: 10)")
+    length.add_argument("--minutes", type=positive_float, help=f"for everything, from start to end (default: {unset})")
     length.add_argument("--steps", type=positive, help="optimiser steps, instead of --minutes")
 
 
-def _training(made: argparse.ArgumentParser) -> None:
-    _length(made)
+def _training(made: argparse.ArgumentParser, unset: str = "10") -> None:
+    _length(made, unset)
     made.add_argument("--batch", type=positive, help="sequences a step")
     made.add_argument("--context", type=positive, help="tokens a sequence")
     made.add_argument("--learning-rate", type=positive_float, help="at the peak of the schedule")

@@ -24,7 +24,7 @@ def made_up(widths=(64, 128, 192, 256, 384), experts=(0, 8), noise=0.0, vocabula
                 config = small_v3(vocabulary, width, layers, routed, 2, 512)
                 counts, work = cost.parameters(config), law.work(config, 512, 8)
                 speed = REACHED * SPEED * 1e9 / work
-                outside, per_token = 2 * vocabulary * width, 3.5 if vocabulary == 4096 else 4.0
+                outside, per_token = counts.embedding + counts.head, 3.5 if vocabulary == 4096 else 4.0
                 marks = []
                 for duration in seconds:
                     tokens = speed * duration
@@ -34,7 +34,7 @@ def made_up(widths=(64, 128, 192, 256, 384), experts=(0, 8), noise=0.0, vocabula
                 rows.append({
                     "width": width, "layers": layers, "experts": routed, "vocabulary": vocabulary, "batch": 8,
                     "rate": 4e-3, "threads": 1, "context": 512, "active": counts.active, "total": counts.total,
-                    "work": work, "bytes_per_token": per_token, "gflops": SPEED, "tokens_per_second": speed,
-                    "marks": marks,
+                    "outside": outside, "work": work, "bytes_per_token": per_token, "gflops": SPEED,
+                    "tokens_per_second": speed, "marks": marks,
                 })  # fmt: skip
     return rows

@@ -144,9 +144,10 @@ def test_the_runs_that_ship_can_be_used():
     assert 0.5 < best.bits < 5 and best.tokens > 0
     for row in rows:
         shape = (row["vocabulary"], row["width"], row["layers"], row["experts"], 2, row["context"])
-        config = small_v3(*shape, **with_memory({"kv_token_rank": 0}))  # they were made before there was that
+        config = small_v3(*shape, **with_memory())
         counts = cost.parameters(config)
         assert (row["active"], row["total"]) == (counts.active, counts.total - counts.table)
+        assert row["outside"] == counts.embedding + counts.head
         assert row["work"] == pytest.approx(law.work(config, row["context"], row["batch"]))
 
 

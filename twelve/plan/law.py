@@ -117,7 +117,7 @@ def points(rows: Iterable[Row]) -> np.ndarray:
     Those that come too soon to say anything count only where there are no others."""
     found, short = [], []
     for row in rows:
-        outside = 2 * row["vocabulary"] * row["width"]
+        outside = row["outside"]  # embedding, what else is looked up like it, and head
         for mark in row["marks"]:
             point = (row["active"] - outside, row["total"] - outside, mark["tokens"], mean_bits(mark))
             (found if _lasts(row, mark) else short).append(point)
