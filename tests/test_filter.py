@@ -131,6 +131,12 @@ def test_bad_requests_leave_nothing(tmp_path, dirty):
         filter_text([write(tmp_path / "short.jsonl", [{"text": "Ship"}])], out, quiet=True)
     with pytest.raises(InputError, match="one of the files to read"):
         filter_text([dirty], dirty, quiet=True)
+    test = write(tmp_path / "test.jsonl", [{"question": english(7)}])
+    before = dirty.read_bytes(), test.read_bytes()
+    for told, taken in (("--out", {"out": test}), ("--report", {"report": test}), ("--report", {"report": dirty})):
+        with pytest.raises(InputError, match=f"{told} .* is one of the files to read"):
+            filter_text([dirty], **{"out": out, **taken}, against=[test], quiet=True)
+    assert (dirty.read_bytes(), test.read_bytes()) == before
     for report in (tmp_path, out):
         with pytest.raises(InputError, match="name a file of its own"):
             filter_text([dirty], out, report=report, quiet=True)

@@ -48,9 +48,11 @@ def filter_text(
         raise InputError(f"--weight {unknown[0]}: not one of the paths ({', '.join(names)})")
     if chosen and STDIN in names:
         raise InputError("a choice reads its input three times, and standard input can be read once: save it in a file")
-    files = find_files(paths).train
-    if any(path.resolve() == out.resolve() for path in files):
-        raise InputError(f"{out} is one of the files to read: write to another")
+    files, tests = find_files(paths).train, find_files(against)
+    taken = {path.resolve() for path in (*files, *tests.train, *tests.held_out)}
+    for option, path in (("--out", out), ("--report", report)):
+        if path is not None and Path(path).resolve() in taken:
+            raise InputError(f"{option} {path} is one of the files to read: write to another")
     if report is not None and (Path(report).is_dir() or Path(report).resolve() == out.resolve()):
         raise InputError(f"--report {report}: name a file of its own")
     cleaner = Cleaner(languages, against)

@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from twelve.data import reader
 from twelve.data.cleaning import EXAMPLES, Cleaner, Tally, check_out, write_rows
 from twelve.data.corpus import PackedData, tokenize
-from twelve.data.reader import Document, read_documents
+from twelve.data.reader import Document, batches, read_documents
 from twelve.errors import InputError
 
 NAMES = ("강가", "나루터", "마을", "다리", "읍내", "뱃사공", "장날", "노인", "가을", "새벽", "포구", "바다")
@@ -80,6 +82,36 @@ def test_talk_is_dropped_only_as_broken_or_the_very_same():
     said = ("1 + 2?", "1 - 2?", "👍", "❤️", "1 + 2?", korean(1).encode().decode("latin-1"))
     talk = [Document(None, [{"role": "user", "content": text}, TALK[1]], "c:1") for text in said]
     assert [one.reason for one in Cleaner().verdicts(talk)] == ["", "", "", "", "duplicate", "broken"]
+
+
+def test_reasoning_and_calls_are_part_of_talk(tmp_path):
+    path = write(tmp_path / "eval.jsonl", [{"question": english(2)}])
+
+    def answered(**answer):
+        return Document(None, [TALK[0], {"role": "assistant", **answer}], "c:1")
+
+    calls = [[{"function": {"name": "weather", "arguments": f'{{"city": "{city}"}}'}}] for city in ("Seoul", "Busan")]
+    talk = [
+        answered(content="408", reasoning_content="340 + 68"), answered(content="408", reasoning_content="480 - 72"),
+        answered(content="408", reasoning_content="480 - 72"), answered(content="408", reasoning_content=english(2)),
+        *(answered(content=None, tool_calls=made) for made in calls),
+    ]  # fmt: skip
+    found = [one.reason for one in Cleaner(against=[path]).verdicts(talk)]
+    assert found == ["", "", "duplicate", "contaminated", "", ""]
+
+
+def test_long_talk_is_judged_in_small_batches():
+    talk = [Document(None, [{"role": "user", "content": "a " * (1 << 17)}], "c:1")] * 16
+    assert [len(batch) for batch in batches(talk)] == [4] * 4
+
+
+def test_a_killed_process_is_told(monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(Future, "result", killed)
+    with pytest.raises(InputError, match="was killed, most likely for want of memory"):
+        list(Cleaner().verdicts(documents(), workers=2))
 
 
 def test_against_evaluation_files(tmp_path):

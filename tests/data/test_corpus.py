@@ -318,7 +318,7 @@ def test_what_is_there_is_used_again_only_if_it_is_the_same(tmp_path, texts, tok
     (out / "meta.json").write_text("{")
     tokenize([texts], out, vocab_size=300, progress=False)
     (out / "text-00000.tokens").write_bytes(b"xx")
-    with pytest.raises(InputError, match="1 tokens instead of"):
+    with pytest.raises(InputError, match="1 numbers instead of"):
         PackedData(out)
     tokenize([texts], out, vocab_size=300, progress=False)
     assert len(writes) == 4

@@ -124,7 +124,11 @@ def test_small_words_are_distinct_enough_to_tell():
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-GOOD = [KOREAN, ENGLISH, SENTENCES["ko"], SENTENCES["en"], KOREAN + ENGLISH, "배가 떠난다. 바다로 나간다. 다시 온다."]
+GOOD = [
+    KOREAN, ENGLISH, SENTENCES["ko"], SENTENCES["en"], KOREAN + ENGLISH, "배가 떠난다. 바다로 나간다. 다시 온다.",
+    ENGLISH + " Charlotte Brontë’s ferry and Beyoncé’s boat stopped at “The Paris Café” for an hour or two. " * 2,
+    "좋은 아이디어를 얻으려면 오래 생각해야 한다. 모두의 아이디어를 모으면 해결책이 나온다. 쿠키를 먹으며 회의를 했다.",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", GOOD)
@@ -164,6 +168,12 @@ DIRT = {
 @pytest.mark.parametrize(("expected", "text"), [(name, text) for name, texts in DIRT.items() for text in texts])
 def test_dirt_is_dropped_for_its_reason(expected, text):
     assert reason(text) == expected
+
+
+def test_sentences_end_before_quotes_and_in_korean_with_a_line():
+    diary = "아침부터 비가 왔어요\n그래서 책을 읽었다.\n친구가 왔다\n떡볶이를 만들까 말까 하다가\n\n내일은 무엇을 할까"
+    speech = '"Shall we go?" (He would not.) "No!" said the ferryman, 3.5 miles away.\nvillage\n“Then wait.”'
+    assert quality._stops(read_words([diary, speech, KOREAN * 9])).tolist()[:2] == [4, 5]
 
 
 def test_the_first_reason_says_what_was_measured():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -75,6 +76,25 @@ def test_a_damaged_parquet(tmp_path, parquet):
     assert texts(tmp_path, report=report) == [KOREAN] and report.damaged == [str(path)]
 
 
+def test_a_parquet_that_is_damaged_in_its_middle(tmp_path, parquet):
+    path = parquet(tmp_path / "a.parquet", text=[f"{KOREAN}{number}" for number in range(2000)])
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(2048) + content[middle + 2048 :])
+    (tmp_path / "b.txt").write_text(KOREAN)
+    report = Report()
+    assert texts(tmp_path, report=report) == [KOREAN] and report.damaged == [str(path)]
+
+
+def test_parquet_whose_text_is_no_utf_8(tmp_path, parquet):
+    import pyarrow
+
+    column = pyarrow.array([b"caf\xe9", b"x"]).view(pyarrow.string())
+    path = parquet(tmp_path / "a.parquet", text=column)
+    with pytest.raises(InputError, match="a.parquet is damaged or no Parquet file .*UTF8"):
+        texts(path)
+
+
 def test_parquet_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -101,6 +121,14 @@ def test_damaged_files_of_a_folder_are_skipped_and_named(tmp_path, tokenizer, ca
     made = tokenize([folder], tmp_path / "out", tokenizer)
     assert made["documents"] == 2 and made["damaged"] == report.damaged
     assert f"skipped 2 damaged files: {folder / 'b.txt.gz'}, {folder / 'c.jsonl.gz'}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only there")
+def test_a_name_that_is_no_utf_8(tmp_path):
+    with open(os.fsencode(tmp_path) + "/한국어.txt".encode("cp949"), "w") as file:
+        file.write(KOREAN)
+    with pytest.raises(InputError, match=r"xc7.*a file's name must be UTF-8: rename it"):
+        texts(tmp_path)
 
 
 def test_a_damaged_file_that_was_named_is_an_error(tmp_path):

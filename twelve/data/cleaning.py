@@ -17,6 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -35,7 +36,8 @@ from twelve.data.words import read_words
 from twelve.errors import InputError
 from twelve.files import atomic_write
 
-RULES_VERSION = 1  # of what is kept; shards made under others are made anew
+RULES_VERSION = 2  # of what is kept; shards made under others are made anew
+SAID = ("reasoning_content", "content", "tool_calls")  # of a message
 EXAMPLES = 4  # of every reason
 EXCERPT = 700  # characters
 GZIP_LEVEL = 3  # a third of the time of 6, for a tenth more bytes
@@ -119,6 +121,10 @@ class Cleaner:
                     yield batch, texts, found.result()
             for batch, texts, found in waiting:
                 yield batch, texts, found.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process that judged text was killed, most likely for want of memory: free some, and run again"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -135,10 +141,11 @@ class Assessed:
 
 
 def text_of(document: Document) -> str:
-    """A document's text, or all that is said in a conversation."""
+    """A document's text, or all that is said in a conversation, reasoning and calls included."""
     if document.text is not None:
         return document.text
-    return valid("\n".join(str(message.get("content") or "") for message in document.messages))
+    said = (str(message.get(key) or "") for message in document.messages for key in SAID)
+    return valid("\n".join(filter(None, said)))
 
 
 _cleaner: Cleaner  # of a process of the pool

@@ -20,6 +20,19 @@ def read_parquet(path: Path, every_column: bool = False) -> Iterator[tuple[float
 
     InputError without pyarrow, Damaged for a damaged file, InputError for one that has neither `text` nor `messages`.
     """
+    for share, batch in _batches(path, every_column):
+        for row in batch.to_pylist():
+            yield share, _tidy(row)
+
+
+def check_parquet(path: Path) -> None:
+    """Damaged for a file that cannot be read to its end."""
+    for _ in _batches(path, every_column=True):
+        pass
+
+
+def _batches(path: Path, every_column: bool) -> Iterator[tuple[float, Any]]:
+    """The share of the file that was read before, and a record batch, whose text is UTF-8."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -29,10 +42,9 @@ def read_parquet(path: Path, every_column: bool = False) -> Iterator[tuple[float
             columns = None if every_column else _columns(path, file.schema_arrow.names)
             total, read = max(1, file.metadata.num_rows), 0
             for batch in file.iter_batches(BATCH, columns=columns):
-                rows = batch.to_pylist()
-                for row in rows:
-                    yield read / total, _tidy(row)
-                read += len(rows)
+                batch.validate(full=True)
+                yield read / total, batch
+                read += len(batch)
     except (ArrowException, OSError) as error:
         raise Damaged(f"{path} is damaged or no Parquet file ({_first_line(error)}): fetch it again") from error
 

@@ -83,12 +83,15 @@ RULES = (
 
 # what follows a lead byte of UTF-8 that was read as Latin-1 or Windows-1252
 FOLLOWERS = "".join(map(chr, range(0x80, 0xC0))) + "€‚ƒ„…†‡ˆ‰‹‘’“”•–—˜™›"
+SHORT_LEADS = [0xE2, 0xE3, 0xF0, 0xF1]  # of two bytes, in lower case; after others, as in café”, it takes two followers
 STOPS = ".!?…。！？"  # before a blank
-LINE_ENDS = STOPS + "\"'”’」』)）다요까죠:;"
+CLOSING = "\"'”’」』)）"  # may come between
+KOREAN_ENDS = "다요까죠"  # of a line without a stop
+LINE_ENDS = STOPS + CLOSING + KOREAN_ENDS + ":;"
 LONG_LINE = 100  # characters, that make a line prose whatever it ends with
 ENDINGS = "은는이가을를에의로와과도만다고며서지면게요음기한할된인던들나라해여어아까야죠든련적히록려진운일니"
 BOILERPLATE = (
-    "accept all", "accept cookies", "cookie policy", "cookie settings", "cookies", "privacy policy", "terms of service",
+    "accept all", "accept cookies", "cookie policy", "cookie settings", "privacy policy", "terms of service",
     "terms of use", "terms and conditions", "all rights reserved", "sign up", "sign in", "log in", "log out",
     "your account", "my account", "an account", "forgot password", "your password", "newsletter", "subscribe",
     "click here", "read more", "learn more", "add to cart", "shopping cart", "free shipping", "contact us", "about us",
@@ -99,9 +102,9 @@ BOILERPLATE = (
 )  # fmt: skip
 KOREAN_BOILERPLATE = (  # what words begin with, whatever particles follow
     "로그인", "로그아웃", "회원가입", "이용약관", "개인정보", "무단", "재배포", "저작권자", "고객센터",
-    "장바구니", "사이트맵", "쿠키", "구독하", "댓글", "사업자등록", "통신판매업", "비밀번호", "아이디", "마이페이지",
+    "장바구니", "사이트맵", "구독하", "댓글", "사업자등록", "통신판매업", "비밀번호", "마이페이지",
     "전체메뉴", "바로가기", "더보기", "공유하기", "공지사항", "뉴스레터", "링크", "클릭", "목록으로", "맨위로",
-    "주문배송", "배송조회", "문의하기", "오시는", "회사소개", "카카오톡", "페이스북", "트위터",
+    "주문배송", "배송조회", "문의하기", "회사소개", "카카오톡", "페이스북", "트위터",
 )  # fmt: skip
 
 
@@ -182,7 +185,9 @@ def _broken(words: Words) -> np.ndarray:
     counts = words.counts
     kinds, points = words.kinds, words.points
     leads = np.flatnonzero((points >= 0xC2) & (points < 0xF5) & (kinds == LATIN))
-    leads = leads[_member_table(FOLLOWERS)[np.minimum(points[leads + 1], 0xFFFF)]]  # a line feed follows every text
+    follows = _member_table(FOLLOWERS)[np.minimum(points, 0xFFFF)]  # a line feed follows every text
+    second = np.isin(points[leads], SHORT_LEADS) | follows[np.minimum(leads + 2, len(points) - 1)]
+    leads = leads[follows[leads + 1] & second]
     pairs = np.bincount(np.searchsorted(words.edges, leads, side="right") - 1, minlength=words.texts)
     hangul = counts[:, HANGUL] + counts[:, RARE]
     rare = np.where(counts[:, RARE] > 0.02 * hangul, counts[:, RARE], 0)  # a few are names, or someone's slang
@@ -204,7 +209,12 @@ def _endings(words: Words) -> np.ndarray:
 def _stops(words: Words) -> np.ndarray:
     """Ends of sentences: [D]."""
     stops = np.flatnonzero(_member_table(STOPS)[np.minimum(words.points, 0xFFFF)])
-    stops = stops[words.kinds[stops + 1] <= LINE]  # a line feed follows every text
+    after, closing = stops + 1, _member_table(CLOSING)  # a line feed follows every text
+    for _ in range(2):
+        after = after + closing[np.minimum(words.points[after], 0xFFFF)]
+    lines = np.flatnonzero(words.kinds == LINE)
+    lines = lines[(lines > 0) & _member_table(KOREAN_ENDS)[np.minimum(words.points[lines - 1], 0xFFFF)]]
+    stops = np.concatenate([stops[words.kinds[after] <= LINE], lines])
     return np.bincount(np.searchsorted(words.edges, stops, side="right") - 1, minlength=words.texts)
 
 

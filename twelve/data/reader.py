@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 from twelve.data.blocks import Damaged, read_blocks
 from twelve.data.chat import check_messages
 from twelve.data.encoding import BOM, NOISE, decode, looks_like, no_text
-from twelve.data.parquet import read_parquet
+from twelve.data.parquet import check_parquet, read_parquet
 from twelve.errors import InputError
 
 STDIN = "-"
@@ -84,6 +85,12 @@ def find_files(paths: Iterable[str | Path]) -> Files:
             raise InputError(f"{path}: not a kind of file that can be read ({kinds})")
         else:
             train[path] = None
+    for path in (*train, *held_out):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:  # as old archives leave them; no report could name it
+            name = os.fsencode(path)
+            raise InputError(f"{name!r}: a file's name must be UTF-8: rename it (convmv does whole folders)") from error
     named = frozenset(path for path in paths if not path.is_dir())
     return Files(list(train), [path for path in held_out if path not in train], named)
 
@@ -139,12 +146,19 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += 512 if document.text is None else len(document.text)  # this only bounds memory
+        size += _characters(document)
         if size >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _characters(document: Document) -> int:
+    """About how much is to be held while a document is worked on."""
+    if document.text is not None:
+        return len(document.text)
+    return 512 + sum(len(str(value)) for message in document.messages for value in message.values())
 
 
 def is_rows(path: Path) -> bool:
@@ -191,7 +205,7 @@ def _is_damaged(path: Path) -> bool:
     """Whether a packed file cannot be unpacked to its end. Reading it twice takes a few hundredths of what follows."""
     try:
         if _is_parquet(path):
-            next(read_parquet(path, every_column=True), None)
+            check_parquet(path)
         elif path.suffix.lower() in PACKED:
             for _ in read_blocks(path, PIECE):
                 pass

@@ -41,8 +41,8 @@ class Shards:
     ends among all tokens).
     """
 
-    def __init__(self, folder: Path, kind: str, dtype: str, sizes: Sequence[int]):
-        self.ends = _mapped(folder / f"{kind}.ends", np.int64)
+    def __init__(self, folder: Path, kind: str, dtype: str, documents: int, sizes: Sequence[int]):
+        self.ends = _mapped(folder / f"{kind}.ends", np.int64, documents)
         self.first = np.cumsum([0, *sizes])  # of each shard, and the number of all tokens
         shards = [(folder / f"{kind}-{number:05}", size) for number, size in enumerate(sizes)]
         self._tokens = [_mapped(path.with_suffix(".tokens"), dtype, size) for path, size in shards]
@@ -132,7 +132,7 @@ class PackedData:
         if not isinstance(self.meta, dict) or self.meta.get("format") != FORMAT:
             raise InputError(f"{self.folder / META} is not that of a corpus in format {FORMAT}: tokenise again")
         self._kinds = {
-            kind: Shards(self.folder, kind, self.meta["dtype"], counts["shards"])
+            kind: Shards(self.folder, kind, self.meta["dtype"], counts["documents"], counts["shards"])
             for kind, counts in self.meta["kinds"].items()
             if counts["tokens"]
         }
@@ -275,11 +275,11 @@ def _order(windows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
-def _mapped(path: Path, dtype: Any, size: int | None = None) -> np.ndarray:
+def _mapped(path: Path, dtype: Any, size: int) -> np.ndarray:
     try:
         content = np.asarray(np.memmap(path, dtype, mode="r"))  # a plain array: slices of a memmap are slow
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or missing: tokenise again") from error
-    if size is not None and len(content) != size:
-        raise InputError(f"{path} holds {len(content)} tokens instead of {size}: tokenise again")
+    if len(content) != size:
+        raise InputError(f"{path} holds {len(content)} numbers instead of {size}: tokenise again")
     return content
