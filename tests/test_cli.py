@@ -81,6 +81,8 @@ def test_the_overview_names_every_verb(capsys):
         (["serve", "m", "--port", "65536"], "'65536' is not a port"),
         (["plan", "--minutes", "0"], "'0' is not a number above 0"),
         (["plan", "--parameters", "7 billion"], "'7 billion' is not a number like 350M, 7B or 14.8T"),
+        (["plan", "--memory", "9" * 400], "is not a size"),
+        (["plan", "--parameters", "9" * 400], "is not a number like"),
         (["eval", "m", "--language", "fr", "--task", "all"], "invalid choice: 'fr'"),
         (["convert", "m"], "--out"),
         (["pretrain", "a.txt", "--step", "3"], "unrecognized arguments: --step"),

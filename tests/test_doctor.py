@@ -104,6 +104,10 @@ def test_threads_and_what_sets_them(examine, monkeypatch):
     found = examine()
     assert "more threads than the 1.5 cores" in found["processor"]["text"]
     assert "--threads 1" in found["processor"]["advice"]
+    for threads, asked, advice in ((4, "4", "OMP_NUM_THREADS=1"), (1, "1", "")):  # which is then taken
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert examine(threads=threads)["processor"]["advice"].startswith(advice)
+    assert levels(examine(threads=1)) == set()
 
 
 def test_a_compiler_that_is_absent_turned_off_or_broken(examine, monkeypatch, tmp_path):

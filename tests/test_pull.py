@@ -180,6 +180,21 @@ def test_a_new_revision_takes_the_place_of_the_old_one(hub, model):
     convert.load(NAME)
 
 
+def test_half_a_new_revision_is_no_model(hub, model):
+    hub.files = files_of(model / "shards")
+    fetch(hub)
+    second = sorted(name for name in hub.files if name.endswith(".safetensors"))[1]
+    hub.files = hub.files | {second: hub.files[second][:-1] + b"\x01"}  # the same config.json
+    hub.commit, hub.cuts[second] = "d" * 40, [0] * (TRIES + 1)
+    refused("no connection|broke off", hub)
+    with pytest.raises(InputError, match="is here only in part: `twelve pull"):
+        convert.load(NAME)
+    hub.cuts = {}
+    fetch(hub)
+    convert.load(NAME)
+    assert files_of(convert.resolve(NAME))[second] == hub.files[second]
+
+
 @pytest.mark.parametrize(
     ("where", "status", "headers", "words"),
     [
@@ -223,6 +238,7 @@ def test_no_network_no_hub_and_no_address(hub, tmp_path, monkeypatch):
     refused("does not answer as a Hugging Face hub does", hub)
     hub.hashes = True
     refused("is no address", endpoint="nowhere")
+    refused("is no address", endpoint="http://[::1")
     refused("has no revision 'v9'", hub, revision="v9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused("no connection.*offline", hub)

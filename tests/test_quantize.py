@@ -472,6 +472,7 @@ def test_bad_input_is_one_line_and_nothing_is_left(room, capsys, tmp_path):
     assert "does not exist" in line(room / "none", *out)
     assert "is a file" in run(capsys, "quantize", model, "--out", room / "text.jsonl", expect=2)
     assert "invalid choice" in line(model, *out, "--bits", 5)
+    assert "standard input can be read once" in line(model, *out, "--eval", "-")
     (room / "short.txt").write_text("배")
     assert "64 are the least" in line(model, *out, "--bits", 4, "--text", room / "short.txt")
     run(capsys, "quantize", model, "--out", room / "packed")

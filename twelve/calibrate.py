@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from twelve.convert import load, open_parts, resolve, save
 from twelve.convert.card import render
+from twelve.data.reader import STDIN
 from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import WINDOW, calibration
 from twelve.errors import InputError
@@ -46,6 +47,8 @@ def quantize(
         raise InputError(f"{out} is the model to read: name another folder with --out")
     if Path(out).is_file():
         raise InputError(f"{out} is a file, not a folder to save a model in")
+    if STDIN in map(str, evaluate):
+        raise InputError("--eval -: standard input can be read once, and this reads it twice: save it in a file")
     form, ends = Form(bits, group, bits == 8), Form(embedding_bits, group, embedding_bits == 8)
     form.check(group, "--group")
     network, tokenizer, read = open_parts(path)

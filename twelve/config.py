@@ -21,6 +21,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SINKHORN_ORDERS = ("columns_first", "deepseek_v4")
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
+MOST_MTP, MOST_ROWS = 64, 1 << 32  # of a model that is made here
 MEMORY_ROWS = (65536, 1 << 20)  # of a head, at least and at most, in a model that gets a memory unasked
 TOKENS_A_ROW = 32  # that training reads, where it is known how many: rows cost memory and no time (docs/lab.md)
 TOKEN_RANK = 64  # of latents, in such a model: a vector of a head's width for every token (docs/lab.md)
@@ -323,6 +324,10 @@ def small_v3(
     """
     if width % 64:
         raise InputError(f"width {width} must be a multiple of 64")
+    if mtp > MOST_MTP:
+        raise InputError(f"--mtp {mtp}: {MOST_MTP} modules are the most")
+    if switches.get("engram_vocab_size", 0) > MOST_ROWS:
+        raise InputError(f"--engram-vocab-size {switches['engram_vocab_size']}: {MOST_ROWS} rows a head are the most")
     expert_width = width // 2
     if any(key.startswith("engram_") for key in switches):
         switches = {"engram_layer_ids": sorted({min(1, layers - 1), layers // 2}), **switches}

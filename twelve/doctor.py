@@ -140,9 +140,11 @@ def _threads(machine: Machine) -> Iterator[Finding]:
     allowed = min(machine.cores, _quota() or machine.cores)
     if machine.threads > allowed:
         why = f"more threads than the {allowed:g} cores that may be used: they wait for each other"
-        what = "unset OMP_NUM_THREADS" if asked else f"--threads {max(1, int(allowed))}, or OMP_NUM_THREADS"
+        few = max(1, int(allowed))
+        too_many = asked and few == machine.cores
+        what = "unset OMP_NUM_THREADS" if too_many else f"OMP_NUM_THREADS={few}, or --threads {few}"
         yield Finding("processor", SLOW, f"{text}; {why}", what)
-    elif machine.threads < machine.cores and asked:
+    elif machine.threads < int(allowed) and asked:
         yield Finding("processor", SLOW, f"{text}; OMP_NUM_THREADS={asked} leaves cores idle", "unset OMP_NUM_THREADS")
     else:
         yield Finding("processor", OK, text)

@@ -26,20 +26,51 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises InputError, with the path and the free bytes, when the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with new_folders(path.parent):
+        _sweep(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if _is_disk_full(error):
+                free = f"{free_bytes(path):,} bytes free"
+                raise InputError(f"no space left to write {path} ({free}): free some space, run again") from error
+            raise
+
+
+@contextlib.contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make `folder`; when the block fails, those that were made for it and that nobody filled go again."""
+    made = _absent(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if _is_disk_full(error):
-            free = f"{free_bytes(path):,} bytes free"
-            raise InputError(f"no space left to write {path} ({free}): free some space, run again") from error
+        yield
+    except BaseException:
+        _remove_empty(made)
         raise
+
+
+def _absent(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # not empty: the usual case
+        for folder in folders:
+            folder.rmdir()
+
+
+def check_name(path: str | Path) -> None:
+    """InputError for a name that is not UTF-8, as old archives leave them: no report or card could tell it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(path)
+        raise InputError(f"{name!r}: a file's name must be UTF-8: rename it (convmv does whole folders)") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -55,7 +86,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
@@ -73,7 +104,7 @@ class FolderLock:
         self._made: list[Path] = []
 
     def __enter__(self) -> FolderLock:
-        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self._made = _absent(self.folder)
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -98,9 +129,7 @@ class FolderLock:
 
     def __exit__(self, *exception: object) -> None:
         self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: the usual case
-            for folder in self._made:
-                folder.rmdir()
+        _remove_empty(self._made)
         os.close(self._descriptor)
 
     def _is_current(self, descriptor: int) -> bool:

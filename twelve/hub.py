@@ -78,7 +78,10 @@ class Hub:
         except ValueError as error:
             raise InputError(f"{name!r} is no name of a model: {str(error).splitlines()[0]}") from error
         self.endpoint = (endpoint or huggingface_hub.constants.ENDPOINT).rstrip("/")
-        address = urlsplit(self.endpoint)
+        try:
+            address = urlsplit(self.endpoint)
+        except ValueError:
+            address = urlsplit("")
         if address.scheme not in ("http", "https") or not address.hostname:
             raise InputError(f"{self.endpoint!r} is no address: an endpoint is like https://huggingface.co")
         self.name, self.revision, self.commit, self.fetched = name, revision, "", 0

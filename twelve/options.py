@@ -10,6 +10,8 @@ from typing import Any
 
 from twelve.errors import InputError
 
+MOST = 1e18  # that is written out as a number of bytes or things
+
 
 def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
@@ -36,7 +38,7 @@ share = _number(float, lambda value: 0 < value <= 1, "a number above 0, at most 
 def size(text: str) -> int:
     """Bytes, written like 512MiB, 8GiB, 8GB or 1000000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it like 512MiB or 8GiB")
     power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
@@ -45,7 +47,7 @@ def size(text: str) -> int:
 def amount(text: str) -> float:
     """A number, written like 350M, 7B or 14.8T."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMBT]?)", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number like 350M, 7B or 14.8T")
     return float(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from twelve.errors import InputError
 from twelve.files import read_json
 from twelve.plan import cost
 from twelve.plan.gpus import (
+    ACTIVATIONS,
     RESERVED,
     TOKENS_A_PARAMETER,
     UTILISATION,
@@ -56,7 +58,7 @@ def plan(
     named = {"parameters": parameters, "tokens": tokens, "rent": rent, "utilisation": utilisation}
     _refuse("belongs to named hardware: add --gpus, like --gpus 8xH100", _options(named))
     if config is not None:
-        bounds = {"minutes": minutes, "watts": watts, "price": price}
+        bounds = {"minutes": minutes, "watts": watts, "price": price, "currency": currency}
         _refuse("is for a training here: leave it out with --model", here | _options(bounds))
         return of_model(config, context)
     asked = {"minutes": MINUTES if minutes is None else minutes, "memory": memory, "context": context, **given}
@@ -71,7 +73,7 @@ def _options(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(why: str, options: Mapping[str, Any]) -> None:
     """InputError for the first that was given."""
     for name, value in options.items():
-        if value:
+        if value or (value == 0 and value is not False):  # 0 is an answer, too
             raise InputError(f"{name} {why}")
 
 
@@ -134,7 +136,7 @@ def _command(paths: Sequence[str], asked: dict[str, Any]) -> str:
         for name, value in options.items()
         if value is not None and value is not False
     )
-    return " ".join(["twelve pretrain", *map(str, paths or ["PATH"]), *given])
+    return " ".join(["twelve pretrain", *(shlex.quote(str(path)) for path in paths or ["PATH"]), *given])
 
 
 def _value(value: Any) -> str:
@@ -219,10 +221,15 @@ def on_named(
         result |= {"parameters": counts.total, "active_parameters": counts.active}
         active, parts = counts.active, memory_a_device(config, cluster, context)
     else:
+        if context is not None:
+            raise InputError("--context says nothing of so many parameters: name a model with --model")
         active = max(1, int(parameters or largest(cluster, seconds, share)))
         flops = 6.0 * active
         result |= {"parameters": active, "why": "as asked" if parameters else reason(cluster, seconds, share)}
-        parts = {"weights, gradients, optimiser": sharded(active, cluster.count), "reserved": RESERVED}
+        state = sharded(active, cluster.count)
+        parts = {
+            "weights, gradients, optimiser": state, "activations (assumed)": ACTIVATIONS * state, "reserved": RESERVED,
+        }  # fmt: skip
     speed = cluster.flops(share) / flops
     if tokens is None:
         tokens = speed * seconds if seconds is not None else TOKENS_A_PARAMETER * active

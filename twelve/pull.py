@@ -52,13 +52,17 @@ def pull(
     hub = Hub(name, revision, endpoint)
     with FolderLock(folder), hub.explained(folder):
         listed = hub.files()
-        write_json(folder / PULLED, {"name": name, "revision": revision, "commit": hub.commit})
+        stated = {"name": name, "revision": revision, "commit": hub.commit}
+        known = read_json(folder / PULLED) if (folder / PULLED).exists() else None
+        if known is None:
+            write_json(folder / PULLED, stated)
         gguf = _gguf(listed, file, name)
         wanted = [one for path, one in listed.items() if TEXTS.fullmatch(path) and Path(path).suffix not in PICKLES]
         if gguf is not None:
             model = folder / gguf.name
             wanted.append(gguf)
             _fetch(hub, wanted, folder, quiet)
+            write_json(folder / PULLED, stated)
         else:
             model, config = folder, _json(hub, listed, CONFIG, folder)
             tables = [_one(listed, TABLE, name)] if _check_config(config, name).engram_layer_ids else []
@@ -66,6 +70,10 @@ def pull(
             wanted += [*beside, *tables, *_weights(hub, listed, folder)]
             if config != folder / CONFIG:  # one that is there is of an earlier revision
                 (folder / CONFIG).unlink(missing_ok=True)
+            elif known != stated:  # it stays as it is, but what is beside it may be replaced
+                config = listed[CONFIG].partial(folder)
+                os.replace(folder / CONFIG, config)
+            write_json(folder / PULLED, stated)
             _fetch(hub, wanted, folder, quiet)
             os.replace(config, folder / CONFIG)
             wanted.append(listed[CONFIG])

@@ -22,6 +22,7 @@ from twelve import files
 
 Points = tuple[Sequence[float], Sequence[float | None]]  # x, y; a y that is None or not finite is left out
 
+Bar = tuple[float, float | None]  # value, standard error
 Section = tuple[str, Sequence[str]]  # heading, pieces of HTML
 
 WIDTH, HEIGHT = 460, 236  # of a figure, in SVG units
@@ -116,18 +117,24 @@ def curve(title: str, series: Mapping[str, Points], x_label: str = "step", unit:
     return _figure(title, unit, svg, "".join(legend), note)
 
 
-def bars(title: str, values: Mapping[str, tuple[float, float]], unit: str = "", high: float | None = None) -> str:
-    """Horizontal bars {name: (value, standard error)}, with whiskers of one standard error either side."""
+def bars(
+    title: str, values: Mapping[str, Bar] | Sequence[tuple[str, Bar]], unit: str = "", high: float | None = None
+) -> str:  # fmt: skip
+    """Horizontal bars {name: (value, standard error)}, or pairs of these where names may be equal, with whiskers of one
+    standard error either side; None where it is not known."""
+    values = list(values.items() if isinstance(values, Mapping) else values)
     if not values:
         return _figure(title, unit, '<p class="empty">no values</p>')
-    top = high or max(value + error for value, error in values.values()) or 1.0
+    top = high or max(value + (error or 0.0) for _, (value, error) in values) or 1.0
     rows = []
-    for name, (value, error) in values.items():
-        share, left, right = (100 * min(max(x / top, 0), 1) for x in (value, value - error, value + error))
+    for name, (value, error) in values:
+        off = error or 0.0
+        share, left, right = (100 * min(max(x / top, 0), 1) for x in (value, value - off, value + off))
         whisker = f'<i style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
+        told = "" if error is None else f"<small> ± {_short(error)}</small>"
         rows.append(
             f'<span>{escape(name)}</span><div><u style="width:{share:.2f}%"></u>{whisker}</div>'
-            f"<b>{_short(value)}<small> ± {_short(error)}</small></b>"
+            f"<b>{_short(value)}{told}</b>"
         )
     return _figure(title, unit, f'<div class="bars">{"".join(rows)}</div>')
 

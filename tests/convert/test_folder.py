@@ -161,6 +161,46 @@ def test_a_killed_save_leaves_a_whole_model(shard_bytes, tmp_path):
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]  # a later save clears what was left
 
 
+def test_nothing_of_an_old_model_is_left_to_be_read(tmp_path):
+    tokenizer = Tokenizer.train(["one two three"] * 3, 300)
+    twelve.save(small(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("OLD")
+    assert twelve.load(tmp_path)[1].chat_template == "OLD"
+    twelve.save(small(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path)
+    assert twelve.load(tmp_path)[1].chat_template == tokenizer.chat_template
+    twelve.save(small(), None, tmp_path)
+    assert twelve.load(tmp_path)[1] is None
+
+
+def test_a_failed_save_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr("twelve.convert.folder.write_safetensors", fail)
+    with pytest.raises(RuntimeError):
+        twelve.save(small(), None, tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_templates_that_are_no_utf_8(tmp_path):
+    with pytest.raises(InputError, match="must be UTF-8"):
+        twelve.save(small(), None, tmp_path / "\udcc7")
+    tokenizer = Tokenizer.train(["one two three"] * 3, 300)
+    tokenizer.chat_template = "half"
+    twelve.save(small(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"half"', '"\\ud800 half"'))
+    twelve.save(*twelve.load(tmp_path / "a"), tmp_path / "b")
+    assert twelve.load(tmp_path / "b")[1].chat_template == "\ufffd half"
+
+
+def test_a_config_without_an_end_is_one_line(tmp_path):
+    twelve.save(small(), None, tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="config.json is not JSON"):
+        twelve.load(tmp_path)
+
+
 def test_saving_where_it_cannot_be_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):

@@ -76,6 +76,13 @@ def test_blocks_equal_the_plain_reference(shape, powers):
     assert found.dtype == torch.float32 and torch.equal(found, reference(weight, scale))
 
 
+def test_a_block_that_is_larger_than_the_matrix_takes_no_more_memory():
+    weight = torch.randn(48, 40).to(torch.float8_e4m3fn)
+    for block, shape in (((10**15, 10**15), (1, 1)), ((16, 10**15), (3, 1)), ((10**30, 8), (1, 5))):
+        scale = torch.rand(shape)
+        assert torch.equal(dequantize(weight, scale, block), reference(weight, scale, tuple(min(x, 99) for x in block)))
+
+
 def test_scales_that_are_exponents_alone_equal_those_in_float32():
     weight, scale = packed(torch.randn(40, 20), powers=True)
     exponents = scale.to(torch.float8_e8m0fnu)
@@ -185,6 +192,7 @@ WRONG = {
     "scales that are no numbers": (lambda t: t.update({SCALE: t[SCALE] / 0}), "_scale_inv' is damaged"),
     "scales of nothing": (lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(1, 1)}), "unexpected tensor"),
     "a vector": (lambda t: t.update({"model.norm.weight": torch.ones(48).to(torch.float8_e4m3fn)}), "norm.weight"),
+    "scales in 8 bits": (lambda t: t.update({SCALE: t[SCALE].to(torch.float8_e4m3fn)}), "stored as F8_E4M3, not F32"),
     "integers": (lambda t: t.update({NAME: t[NAME].view(torch.int8)}), "stored as I8"),
 }
 

@@ -22,6 +22,9 @@ class Bytes:
         assert not control, "text that others wrote must not be read as control tokens"
         return list(text.encode())
 
+    def decode(self, ids):
+        return bytes(ids).decode()
+
 
 @pytest.fixture(scope="module")
 def model():

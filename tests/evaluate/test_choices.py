@@ -184,7 +184,7 @@ def test_who_knows_nothing_gets_what_guessing_gets(tokenizer):
 def test_long_contexts_are_cut_and_counted_and_long_choices_refused(folder):
     model, tokenizer = load(folder)
     [found] = choice_accuracy(model, tokenizer, "a", [Item("sea " * 200, ("a", "b"), 0, "en", "a:1")])
-    assert found.cut_short == 2
+    assert found.cut_short == 1
     with pytest.raises(InputError, match="a:7: a choice of .* tokens are more than"):
         choice_accuracy(model, tokenizer, "a", [Item("sea", ("a", "b ? " * 200), 0, "en", "a:7")])
 

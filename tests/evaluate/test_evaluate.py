@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -73,6 +74,32 @@ def test_a_model_compared_with_itself_does_not_differ(room):
     result = evaluate(room / "one", **wanted, compare=room / "one")
     assert [(row["difference"], row["p_value"]) for row in result["comparisons"]] == [(0, 1)] * 3
     assert [row["language"] for row in result["choices"]] == ["ko"]
+
+
+def test_the_page_shows_all_that_was_measured(room, tmp_path):
+    """Models and files of equal names, as in runs/a/model and runs/b/model."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(room / name)
+        write(tmp_path / name / "text.jsonl", [{"text": LINES[0]}])
+    texts = [tmp_path / name / "text.jsonl" for name in ("one", "two")]
+    evaluate(tmp_path / "one" / "model", texts=texts, compare=tmp_path / "two" / "model", report=tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    bars = [f"<span>{text}, {tmp_path / model / 'model'}</span>" for model in ("one", "two") for text in texts]
+    assert all(page.count(bar) == 1 for bar in bars)
+    assert "<small> ±" not in page  # of a single document nothing is known
+
+
+def test_text_that_a_tokenizer_alters_is_told(room, tmp_path):
+    shutil.copytree(room / "one", tmp_path / "one")
+    values = json.loads((tmp_path / "one" / "tokenizer.json").read_text(encoding="utf-8"))
+    values["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "one" / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    lower = write(tmp_path / "lower.jsonl", [{"text": "a ship"}, {"text": "배"}, {"text": "A Ship"}])
+    result = run(tmp_path / "one", "--text", room / "text.jsonl", lower)
+    assert [row["altered"] for row in result["text"]] == [30, 1]
+    assert [row["altered"] for row in run(room / "one", "--text", lower)["text"]] == [0]
+    assert "the tokenizer cannot write" in run(tmp_path / "one", "--facts", "--language", "en", expect=2)
 
 
 def test_a_single_document_has_no_standard_error(room, tmp_path, capsys):
@@ -149,10 +176,15 @@ def test_texts_and_task_files_are_looked_for_too(room, tmp_path):
         (["--text", "text.jsonl", "--out", "."], "is a folder"),
         (["--choices", "choices.jsonl", "--compare", "nowhere"], "nowhere"),
         (["--text", "-", "--compare", "two"], "standard input can be read once"),
+        (["--text", "text.jsonl", "--facts", "10"], "10 facts are too few"),
+        (["--task", "arithmetic", "--level", "99"], "level 99 must lie between"),
+        (["--task", "arithmetic", "--samples", "2000"], "2000 samples: 1000 of a problem are the most"),
+        (["--text", "text.jsonl", "--out", "text.jsonl/x.json"], "cannot be written: text.jsonl is a file"),
     ],
 )
-def test_bad_input_is_one_line(room, monkeypatch, arguments, words):
+def test_bad_input_is_one_line_before_anything_is_measured(room, monkeypatch, arguments, words):
     monkeypatch.chdir(room)
+    monkeypatch.setattr("twelve.evaluate.evaluate.load", lambda *given, **more: pytest.fail("a model was read"))
     assert words in run("one", *arguments, expect=2)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from twelve.data.tokenizer import Tokenizer
+from twelve.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (twelve[lm-eval])")
 transformers = pytest.importorskip("transformers")
@@ -58,6 +59,11 @@ def test_answers_agree(both):
     given = requests("generate_until", [("The ship", settings), ("열두 척의 배가", settings), ("sea " * 100, settings)])
     ours, theirs = (one.generate_until(given) for one in both)
     assert ours == theirs
+
+
+def test_an_answer_as_long_as_the_context_is_refused(both):
+    with pytest.raises(InputError, match="64 tokens are asked for, and the context is 64"):
+        both[0].generate_until(requests("generate_until", [("sea", {"until": ["."], "max_gen_toks": 64})]))
 
 
 def test_answers_are_drawn_when_asked_to(both):

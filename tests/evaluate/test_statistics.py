@@ -110,6 +110,7 @@ def test_items_that_all_differ_alike_are_no_certainty():
     found = compare_shares("x", [0.5, 0.5], [0.0, 0.0])
     assert (found.difference, found.p_value, found.test) == (0.5, 0.5, "sign")
     assert compare_shares("x", [0.5] * 10, [0.0] * 10).p_value == pytest.approx(2 / 2**10)
+    assert compare_shares("x", [0.3, 0.4], [0.2, 0.3]).p_value == 0.5  # the same, but for rounding
 
 
 def test_a_comparison_of_bits_per_byte_pairs_documents():

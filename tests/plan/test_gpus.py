@@ -69,6 +69,10 @@ def test_what_is_asked_for_in_vain_is_refused():
         ({"gpus": "8xH100", "switches": {"hc_mult": 4}}, "--hc-mult is for a training here"),
         ({"model": "deepseek_v3", "minutes": 3.0}, "--minutes is for a training here: leave it out with --model"),
         ({"model": "deepseek_v3", "batch": 8}, "--batch is for a training here"),
+        ({"model": "deepseek_v3", "price": 0.0}, "--price is for a training here"),
+        ({"model": "deepseek_v3", "currency": "EUR"}, "--currency is for a training here"),
+        ({"gpus": "8xH100", "parameters": 7e9, "context": 8192}, "--context says nothing of so many parameters"),
+        ({"gpus": "1xH100", "parameters": 4.8e9}, "activations .assumed. 19.2"),
     ):
         with pytest.raises(InputError, match=words):
             plan(**asked)

@@ -131,8 +131,8 @@ def test_a_memory_grows_with_what_training_reads_up_to_what_the_text_fills():
 
 
 def test_zero_rows_leave_the_memory_out(text, known, tmp_path):
-    without = {"engram_vocab_size": 0, "engram_dtype": "int8"}
-    assert with_memory({"hc_mult": 4, **without}) == {"hc_mult": 4}
+    without = {"engram_vocab_size": 0}
+    assert with_memory({"hc_mult": 4, "engram_dtype": "int8", **without}) == {"hc_mult": 4}
     assert with_memory(text=3000)["engram_vocab_size"] == 4096 < with_memory()["engram_vocab_size"]
     pretrain([text], tmp_path / "run", steps=1, width=64, vocab_size=300, context=32, batch=2, quiet=True,
              switches=without)  # fmt: skip
@@ -186,6 +186,38 @@ def test_what_cannot_be_met_says_why(text, known, asked, words):
     with pytest.raises(InputError, match=words) as told:
         plan([str(text)], **asked)
     assert "\n" not in str(told.value)
+
+
+def test_tokens_have_a_vocabulary_already(text, known, tmp_path):
+    tokenize([text], tmp_path / "shards", None, 300, progress=False)
+    shards = [str(tmp_path / "shards")]
+    for option, given in (("vocab-size", 512), ("tokenizer", "nowhere"), ("filter", True)):
+        for call in (plan, lambda paths, **more: pretrain(paths, tmp_path / "run", steps=1, quiet=True, **more)):
+            with pytest.raises(InputError, match=f"holds tokens and their tokenizer: leave out --{option}"):
+                call(shards, **{option.replace("-", "_"): given})
+    with pytest.raises(InputError, match="a vocabulary of 100 is too small"):
+        plan([str(text)], vocab_size=100)
+    with pytest.raises(InputError, match="nowhere"):
+        plan(tokenizer="nowhere")
+    with pytest.raises(InputError, match="--filter says what is done with text"):
+        plan(filter=True)
+    assert plan(tokenizer=shards[0])["expected"]["vocab_size"] == 300
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"experts": 4, "experts_per_token": 16}, "--experts-per-token 16: there are 4 experts"),
+        ({"switches": {"engram_vocab_size": 0, "engram_layer_ids": [7]}}, "--engram-layers is for a memory, and"),
+        ({"switches": {"engram_vocab_size": 1 << 40}}, "--engram-vocab-size 1099511627776: 4294967296 rows"),
+        ({"mtp": 3_000_000}, "--mtp 3000000: 64 modules are the most"),
+        ({"width": 1 << 20, "layers": 99, "experts": 0}, r"GiB do not hold this training, which needs [\d.]+ GiB"),
+    ],
+)
+def test_sizes_that_cannot_be_are_one_line(text, tmp_path, asked, words):
+    with pytest.raises(InputError, match=words):
+        pretrain([text], tmp_path / "run", **({"steps": 1, "width": 64, "vocab_size": 300, "quiet": True} | asked))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_too_little_text_says_so(known, tmp_path):

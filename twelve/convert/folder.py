@@ -37,7 +37,7 @@ from twelve.convert.huggingface import (
 from twelve.convert.packing import METHOD, config_entry
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
-from twelve.files import atomic_write, read_json
+from twelve.files import atomic_write, check_name, new_folders, read_json
 from twelve.heap import give_back
 from twelve.model.transformer import Transformer
 from twelve.quantize import BUFFERS, swap
@@ -143,7 +143,8 @@ def open_parts(path_or_name: str | Path) -> tuple[Transformer, Tokenizer | None,
 def _outline(source: Source, dtype: torch.dtype) -> tuple[Transformer, Tokenizer | None]:
     """The model on the meta device, its packed modules in place, compared with what the source holds."""
     config = source.config
-    if max(config.num_hidden_layers, config.n_routed_experts or 0) > len(source.shapes):
+    stated = config.num_hidden_layers, config.num_nextn_predict_layers, config.n_routed_experts or 0
+    if max(stated) > len(source.shapes):
         raise InputError(f"{source.path}: its {len(source.shapes)} tensors are too few for the layers of its config")
     if config.num_nextn_predict_layers and not has_mtp(source, config):
         config = replace(config, num_nextn_predict_layers=0)
@@ -252,12 +253,16 @@ def save(
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, not a folder to save a model in")
+    check_name(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = _write(model, tokenizer, folder, card, shard_bytes)
+        with new_folders(folder):
+            kept = _write(model, tokenizer, folder, card, shard_bytes)
     except OSError as error:
         raise InputError(f"cannot save in {folder}: {error.strerror}") from error
-    for file in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX, folder / TABLE):
+    stale = [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX, folder / TABLE]
+    stale += [folder / "chat_template.jinja"]  # it would win over the new tokenizer's own
+    stale += [] if tokenizer else [folder / "tokenizer.json", folder / "tokenizer_config.json"]
+    for file in stale:
         if file.name not in kept:
             file.unlink(missing_ok=True)
 

@@ -37,7 +37,8 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """Float32 [R, C] of a weight float8 [R, C] and the scales of its blocks. Takes four bytes a weight and no more."""
     out = weight.to(torch.float32)
-    columns = scale.to(torch.float32).repeat_interleave(block[1], dim=1)[:, : out.shape[1]]
-    for rows, row in zip(out.split(block[0]), columns, strict=True):
+    high, wide = (min(side, of) for side, of in zip(block, out.shape, strict=True))
+    columns = scale.to(torch.float32).repeat_interleave(wide, dim=1)[:, : out.shape[1]]
+    for rows, row in zip(out.split(high), columns, strict=True):
         rows *= row
     return out

@@ -19,6 +19,7 @@ from twelve.convert.gguf_model import KEY_PART, VALUE_PART, stored_as
 from twelve.convert.gguf_tokenizer import tokenizer_metadata
 from twelve.convert.gguf_write import Entry, write_gguf
 from twelve.errors import InputError
+from twelve.files import check_name
 from twelve.model.transformer import Transformer
 
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
@@ -38,6 +39,7 @@ def export(model: str | Path, out: str | Path, dtype: str = "float32") -> dict[s
     not at all, one without a tokenizer, and weights that the type cannot hold.
     """
     path, target = resolve(model), Path(out)
+    check_name(target)
     if target.is_dir():
         raise InputError(f"{out} is a folder, not a .gguf file to write")
     if target.exists() and target.samefile(path):

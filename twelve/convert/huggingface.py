@@ -146,6 +146,8 @@ class Folder:
         if absent:
             raise InputError(f"{folder / listed[absent[0]]} lacks tensor {absent[0]!r}, which {INDEX} says it holds")
         for name in sorted(self._scaled):
+            if name.removesuffix(fp8.SCALE) in self._scaled - {name}:
+                raise InputError(f"{folder}: scales {name!r} are stored as {fp8.WEIGHTS}, not F32 or {fp8.EXPONENTS}")
             self._take_scale(name)
 
     def _open(self, path: Path) -> None:

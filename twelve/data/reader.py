@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -18,6 +17,7 @@ from twelve.data.chat import check_messages
 from twelve.data.encoding import BOM, NOISE, decode, looks_like, no_text
 from twelve.data.parquet import check_parquet, read_parquet
 from twelve.errors import InputError
+from twelve.files import check_name
 
 STDIN = "-"
 FORMATS = re.compile(r"(-\d+-of-\d+)?\.((txt|md|jsonl)(\.gz|\.zst)?|parquet)$", re.IGNORECASE)
@@ -86,11 +86,7 @@ def find_files(paths: Iterable[str | Path]) -> Files:
         else:
             train[path] = None
     for path in (*train, *held_out):
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:  # as old archives leave them; no report could name it
-            name = os.fsencode(path)
-            raise InputError(f"{name!r}: a file's name must be UTF-8: rename it (convmv does whole folders)") from error
+        check_name(path)
     named = frozenset(path for path in paths if not path.is_dir())
     return Files(list(train), [path for path in held_out if path not in train], named)
 

@@ -53,13 +53,24 @@ class Survey:
         return min(self.text_bytes or 0, SAMPLE_BYTES_PER_ENTRY * vocabulary) if self.vocabulary is None else 0
 
 
+def holds_tokens(paths: Sequence[str | Path], **given: Any) -> bool:
+    """Whether `paths` are a folder that `tokenize` wrote. InputError for what is `given` and comes too late then."""
+    if len(paths) != 1 or not (Path(paths[0]) / META).exists():
+        return False
+    for name, value in given.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{paths[0]} holds tokens and their tokenizer: leave out {option}, or name its text")
+    return True
+
+
 def survey(paths: Sequence[str | Path], tokenizer: str | Path | None = None, filter: bool = False) -> Survey:
     """Look at the files of `paths` that `tokenize` takes, some seconds at most; InputError where nothing is text.
 
     A file that cannot be read is left for `tokenize` to name. What was seen is kept in the user's cache, so that files
     that did not change give the same again.
     """
-    if len(paths) == 1 and (Path(paths[0]) / META).exists():
+    if holds_tokens(paths, tokenizer=tokenizer, filter=filter):
         data = PackedData(paths[0])
         vocabulary = Tokenizer.load(paths[0]).vocab_size
         return Survey(data.bytes, data.tokens, vocabulary, data.bytes / data.tokens)

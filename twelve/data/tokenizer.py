@@ -322,4 +322,4 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(stored, list):
         named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
         stored = named.get("default", next(iter(named.values()), None))
-    return stored if isinstance(stored, str) else None
+    return valid(stored) if isinstance(stored, str) else None

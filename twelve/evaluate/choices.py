@@ -55,16 +55,15 @@ def choice_accuracy(model, tokenizer, path: str, items: Sequence[Item]) -> list[
     for language in dict.fromkeys(item.language for item in items):
         started = time.monotonic()
         asked = [item for item in items if item.language == language]
-        pairs = _encoded(asked, tokenizer, model.config.max_position_embeddings)
-        fitting = [pair for pair, _ in pairs]
-        found = iter(log_likelihoods(model, fitting))
+        pairs, cut = _encoded(asked, tokenizer, model.config.max_position_embeddings)
+        found = iter(log_likelihoods(model, pairs))
         nats = [[next(found).nats for _ in item.choices] for item in asked]
         by_byte = [
             [value / len(choice.encode()) for value, choice in zip(values, item.choices, strict=True)]
             for values, item in zip(nats, asked, strict=True)
         ]
         result = ChoiceAccuracy(
-            path, language, len(asked), fmean(1 / len(item.choices) for item in asked), sum(cut for _, cut in pairs),
+            path, language, len(asked), fmean(1 / len(item.choices) for item in asked), cut,
             [_right(item, values) for item, values in zip(asked, nats, strict=True)],
             [_right(item, values) for item, values in zip(asked, by_byte, strict=True)],
         )  # fmt: skip
@@ -77,17 +76,20 @@ def choice_accuracy(model, tokenizer, path: str, items: Sequence[Item]) -> list[
     return results
 
 
-def _encoded(items: Sequence[Item], tokenizer, context: int) -> list[tuple[Pair, bool]]:
-    """The pairs of all choices, made to fit, and whether that cut them."""
+def _encoded(items: Sequence[Item], tokenizer, context: int) -> tuple[list[Pair], int]:
+    """The pairs of all choices, made to fit, and of how many items that cut one."""
     pairs = iter(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs()]))
-    made = []
+    made: list[Pair] = []
+    cut = 0
     for item in items:
         own = [next(pairs) for _ in item.choices]
         try:
-            made += [(short, short != long) for short, long in zip(fit(own, context), own, strict=True)]
+            fitting = fit(own, context)
         except InputError as error:
             raise InputError(f"{item.where}: a choice of {error}") from None
-    return made
+        made += fitting
+        cut += fitting != own
+    return made, cut
 
 
 def _right(item: Item, values: Sequence[float]) -> float:

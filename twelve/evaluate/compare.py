@@ -17,6 +17,7 @@ from twelve.evaluate.facts import Recall
 from twelve.evaluate.statistics import finite, mcnemar, standard_error, student
 
 LEAST = 1e-12  # a smaller p-value is rounding
+ROUNDING = 1e-9  # and so is a spread that is a smaller share of the difference
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,6 @@ def _paired(difference: float, error: float, items: int) -> tuple[str, float]:
     """The test that fits, and its p-value. Items that all differ alike have no spread, and a t test would be sure."""
     if items < 2:
         return "paired t", math.nan
-    if not error:
+    if error <= ROUNDING * abs(difference):
         return "sign", mcnemar(items, 0) if difference else 1.0
     return "paired t", student(difference / error, items - 1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from twelve import tasks as known_tasks
-from twelve.convert import load
+from twelve.convert import load, resolve
 from twelve.data.reader import STDIN, find_files
 from twelve.engine import Engine
 from twelve.errors import InputError
@@ -23,6 +24,7 @@ from twelve.evaluate.facts import facts as invented
 from twelve.evaluate.facts import without_memory as no_memory
 from twelve.evaluate.items import Item, read_items
 from twelve.evaluate.page import write_page
+from twelve.evaluate.repeats import MOST
 from twelve.evaluate.statistics import Share
 from twelve.files import write_json
 from twelve.tasks import LANGUAGES
@@ -49,7 +51,7 @@ class Wanted:
     temperature: float
     seed: int
     device: str | None
-    facts: int | None
+    facts: list[Fact]
     without_memory: bool
 
 
@@ -78,16 +80,23 @@ def evaluate(
         temperature = TEMPERATURE if samples > 1 else 0.0
     if samples > 1 and not temperature:
         raise InputError(f"{samples} samples at temperature 0 are all the same: leave --temperature out, or raise it")
+    if samples > MOST:
+        raise InputError(f"{samples} samples: {MOST} of a problem are the most")
     for path in (out, report):
-        if path is not None and Path(path).is_dir():
-            raise InputError(f"{path} is a folder: name a file in it")
+        if path is not None:
+            _check_out(Path(path))
     for name in names:
-        known_tasks.get(name)
+        for language, level in product(_spoken(name, languages), levels):
+            next(known_tasks.problems(name, "test", seed, [level], [language]), None)
+    for path in (model, compare):
+        if path is not None:
+            resolve(path)
     if STDIN in map(str, texts) and (compare is not None or contamination):
         raise InputError("--text -: standard input can be read once, and this reads it twice: save it in a file")
     find_files(texts)
+    known = invented(seed, facts, languages) if facts else []
     wanted = Wanted(texts, {str(path): _items(path, languages, limit) for path in choices}, names, languages, levels,
-                    problems, limit, context, samples, temperature, seed, device, facts, without_memory)  # fmt: skip
+                    problems, limit, context, samples, temperature, seed, device, known, without_memory)  # fmt: skip
     result: dict[str, Any] = {"model": model and str(model), "seed": seed, "temperature": temperature}
     if contamination:
         result |= _overlaps(contamination, wanted)
@@ -124,18 +133,31 @@ def measure(model: str | Path, wanted: Wanted) -> list[tuple[str, Measure]]:
                 found.append((f"{path} {chosen.language}", chosen))
                 print(f"{path} {chosen.language}: {chosen}")
         if wanted.facts:
-            found += _recall(network, tokenizer, invented(wanted.seed, wanted.facts, wanted.languages))
+            found += _recall(network, tokenizer, wanted.facts)
         engine = Engine(network, tokenizer) if wanted.tasks else None
         for name in wanted.tasks:
-            task = known_tasks.get(name)
-            spoken, most = getattr(task, "LANGUAGES", wanted.languages), getattr(task, "MAX_TOKENS", MAX_TOKENS)
-            for language in [code for code in wanted.languages if code in spoken] or wanted.languages:
+            most = getattr(known_tasks.get(name), "MAX_TOKENS", MAX_TOKENS)
+            for language in _spoken(name, wanted.languages):
                 for level in wanted.levels:
                     solved = task_accuracy(engine, tokenizer, name, language, level, wanted.problems, wanted.seed,
                                            wanted.temperature, most, wanted.samples)  # fmt: skip
                     found.append((f"{name} {language} level {level}", solved))
                     print(f"{name} {language} level {level}: {solved}")
     return found
+
+
+def _spoken(task: str, languages: Sequence[str]) -> Sequence[str]:
+    """Those that the task has; all, where it has none of them, so that it says so."""
+    spoken = getattr(known_tasks.get(task), "LANGUAGES", languages)
+    return [code for code in languages if code in spoken] or languages
+
+
+def _check_out(path: Path) -> None:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{path} cannot be written: {folder} is a file")
 
 
 def _items(path: str | Path, languages: Sequence[str], limit: int | None) -> list[Item]:

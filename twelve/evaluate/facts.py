@@ -228,8 +228,12 @@ def _judge(model, batch: list[Window]) -> Iterator[tuple[float, int]]:
 
 
 def _tokens_of(answer: str, ids: list[int], tokenizer) -> int:
-    """How many of a completion's tokens it takes to write the answer; the last may hold more."""
-    return next(n for n in range(1, len(ids) + 1) if tokenizer.decode(ids[:n]).strip().startswith(answer))
+    """How many of a completion's tokens it takes to write the answer; the last may hold more. InputError where not even
+    all do."""
+    for n in range(1, len(ids) + 1):
+        if tokenizer.decode(ids[:n]).strip().startswith(answer):
+            return n
+    raise InputError(f"the tokenizer cannot write {answer!r}: facts cannot be asked of this model")
 
 
 @contextmanager

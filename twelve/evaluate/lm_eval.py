@@ -82,13 +82,18 @@ class TwelveLM(LM):
         return self.pretrained
 
     def _request(self, number: int, prompt: str, settings: dict[str, Any]) -> Request:
-        """A prompt that leaves no room for the answer loses its beginning."""
+        """A prompt that leaves no room for the answer loses its beginning. InputError if all of it would go."""
         stop = settings.get("until") or []
         limit = int(next((settings[name] for name in LIMITS if settings.get(name)), MAX_TOKENS))
+        if limit >= self.context:
+            raise InputError(
+                f"answers of {limit} tokens are asked for, and the context is {self.context}: name fewer, as in "
+                f"--gen_kwargs max_gen_toks={self.context // 4}"
+            )
         drawn = settings.get("do_sample") is not False
         ids = begun(self.tokenizer, self.tokenizer.encode(prompt))
         return Request(
-            ids[-max(1, self.context - limit) :], limit, float(settings.get("temperature") or 0.0) if drawn else 0.0,
+            ids[-(self.context - limit) :], limit, float(settings.get("temperature") or 0.0) if drawn else 0.0,
             float(settings.get("top_p") or 1.0), sub_seed(self.seed, number), [stop] if isinstance(stop, str) else stop,
         )  # fmt: skip
 

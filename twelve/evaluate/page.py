@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +36,55 @@ def write_page(path: str | Path, result: Result) -> None:
     report.write_report(path, "Evaluation", sections, result["model"] or "")
 
 
-def _named(models: Sequence[Result], model: Result, name: str) -> str:
-    return name if len(models) == 1 else f"{name}, {Path(model['model']).name}"
+def _labels(paths: Iterable[str]) -> dict[str, str]:
+    """Each by its last part, if no other has the same."""
+    known = list(dict.fromkeys(map(str, paths)))
+    short = [Path(path).name for path in known]
+    return {path: name if short.count(name) == 1 else path for path, name in zip(known, short, strict=True)}
+
+
+def _drawn(
+    models: Sequence[Result], kind: str, title: str, unit: str, high: float | None,
+    told: Callable[[Result, dict[str, str]], Iterable[tuple[str, report.Bar]]],
+) -> str:  # fmt: skip
+    """Bars of all rows of a kind: what `told` makes of a row and the names of all files."""
+    by_model = _labels(model["model"] for model in models)
+    by_file = _labels(row[key] for model in models for row in model[kind] for key in ("path", "task") if key in row)
+    values = [
+        (name if len(models) == 1 else f"{name}, {by_model[model['model']]}", bar)
+        for model in models for row in model[kind] for name, bar in told(row, by_file)
+    ]  # fmt: skip
+    return report.bars(title, values, unit, high) if values else ""
 
 
 def _bits(models: Sequence[Result]) -> str:
-    bars = {
-        _named(models, model, Path(row["path"]).name): (row["bits_per_byte"], row["standard_error"] or 0.0)
-        for model in models for row in model["text"]
-    }  # fmt: skip
-    return report.bars("Bits per byte", bars, "less is better") if bars else ""
+    def told(row, files):
+        yield files[row["path"]], (row["bits_per_byte"], row["standard_error"])
+
+    return _drawn(models, "text", "Bits per byte", "less is better", None, told)
 
 
 def _choices(models: Sequence[Result]) -> str:
-    bars = {
-        _named(models, model, f"{Path(row['path']).name} {row['language']}{how.replace('_', ' ')}"): (
-            row[f"accuracy{how}"], row[f"standard_error{how}"],
-        )
-        for model in models for row in model["choices"] for how in ("", "_by_byte")
-    }  # fmt: skip
-    return report.bars("Right choices", bars, "by likelihood", high=1.0) if bars else ""
+    def told(row, files):
+        for how in ("", "_by_byte"):
+            name = f"{files[row['path']]} {row['language']}{how.replace('_', ' ')}"
+            yield name, (row[f"accuracy{how}"], row[f"standard_error{how}"])
+
+    return _drawn(models, "choices", "Right choices", "by likelihood", 1.0, told)
 
 
 def _tasks(models: Sequence[Result]) -> str:
-    bars = {
-        _named(models, model, f"{Path(row['task']).name} {row['language']} level {row['level']}"): (
-            row["accuracy"], row["standard_error"],
-        )
-        for model in models for row in model["tasks"]
-    }  # fmt: skip
-    return report.bars("Right answers", bars, high=1.0) if bars else ""
+    def told(row, files):
+        yield f"{files[row['task']]} {row['language']} level {row['level']}", (row["accuracy"], row["standard_error"])
+
+    return _drawn(models, "tasks", "Right answers", "", 1.0, told)
 
 
 def _facts(models: Sequence[Result]) -> str:
-    bars = {
-        _named(models, model, f"{row['language']}, {row['wording']} wording"): (
-            row["chosen_share"], row["chosen_error"],
-        )
-        for model in models for row in model["facts"]
-    }  # fmt: skip
-    return report.bars("Facts recalled", bars, "chosen by likelihood", high=1.0) if bars else ""
+    def told(row, files):
+        yield f"{row['language']}, {row['wording']} wording", (row["chosen_share"], row["chosen_error"])
+
+    return _drawn(models, "facts", "Facts recalled", "chosen by likelihood", 1.0, told)
 
 
 def _repeats(result: Result) -> list[str]:

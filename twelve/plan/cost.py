@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from twelve.config import ModelConfig
 
@@ -120,12 +121,19 @@ def table_rows(config: ModelConfig) -> int:
     resizing has dropped are left out."""
     layers = config.engram_hash_layers or config.engram_layer_ids
     each = (config.engram_max_ngram_size - 1) * config.engram_n_heads
-    rows, number = [], max(2, config.engram_vocab_size)
-    while len(rows) < each * len(layers):
-        if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
-            rows.append(number)
-        number += 1
+    rows = _primes(max(2, config.engram_vocab_size), each * len(layers))
     return sum(sum(rows[each * place : each * (place + 1)]) for place, layer in enumerate(layers) if layer >= 0)
+
+
+@lru_cache
+def _primes(number: int, count: int) -> list[int]:
+    """The first ones from `number` on."""
+    found: list[int] = []
+    while len(found) < count:
+        if all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
+            found.append(number)
+        number += 1
+    return found
 
 
 # --- operations -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from twelve.plan.memory import kept
 TOKENS_A_PARAMETER = 20  # where nothing else is asked for (arXiv 2203.15556)
 UTILISATION = 0.4  # of the dense peak; trainings that were published lie at about 0.3 to 0.5
 RESERVED = 2 * 10**9  # bytes a device for CUDA, libraries and buffers
+ACTIVATIONS = 0.25  # of the state, assumed where no model is named
 STATE = 16  # bytes a parameter: weight, gradient and AdamW's two averages in float32
 
 
@@ -106,7 +107,7 @@ def memory_a_device(config: ModelConfig, cluster: Cluster, context: int, recompu
 
 def largest(cluster: Cluster, seconds: float | None, utilisation: float = UTILISATION) -> int:
     """Parameters of a dense model that fits, and that these seconds train on 20 tokens each (6 N D operations)."""
-    fitting = 0.8 * (cluster.device.memory * 1e9 - RESERVED) * cluster.count / STATE  # a fifth for activations
+    fitting = (cluster.device.memory * 1e9 - RESERVED) * cluster.count / STATE / (1 + ACTIVATIONS)
     if seconds is None:
         return int(fitting)
     return int(min(fitting, (cluster.flops(utilisation) * seconds / 6 / TOKENS_A_PARAMETER) ** 0.5))

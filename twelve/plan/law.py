@@ -84,7 +84,7 @@ class Law:
 
     def _place(self, active: float, total: float, tokens: float) -> np.ndarray:
         """Logarithms of N and D, in units of REACH."""
-        return np.log([active ** (1 - self.sparse) * total**self.sparse, tokens]) / REACH
+        return np.log([active ** (1 - self.sparse) * total**self.sparse, float(tokens)]) / REACH
 
     def uncertainty(self, active: float, tokens: float) -> float:
         """Standard error of `bits`; larger outside of what was measured, by half for every factor of two."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from twelve import heap
 from twelve.config import ModelConfig
-from twelve.data.survey import Survey, survey
+from twelve.data.survey import Survey, holds_tokens, survey
+from twelve.data.tokenizer import Tokenizer, check_vocab_size
 from twelve.errors import InputError
 from twelve.model.transformer import has_compiler
 from twelve.plan import cost
@@ -110,7 +112,15 @@ def expect(
     """
     if not minutes > 0:
         raise InputError(f"{minutes:g} minutes are no time: ask for more with --minutes")
-    corpus = survey(paths, tokenizer, filter) if paths else Survey(None)
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
+    if paths:
+        holds_tokens(paths, vocab_size=vocab_size)
+        corpus = survey(paths, tokenizer, filter)
+    elif filter:
+        raise InputError("--filter says what is done with text: name some, as a PATH")
+    else:
+        corpus = Survey(None, vocabulary=Tokenizer.load(tokenizer).vocab_size if tokenizer is not None else None)
     if corpus.text_bytes is not None and corpus.text_bytes < LEAST_TEXT:
         raise InputError(
             f"{', '.join(map(str, paths))}: {corpus.text_bytes:,} bytes of text are too little to learn from "
@@ -162,10 +172,15 @@ def fitting_micro_batch(config: ModelConfig, batch: int, context: int, memory: i
             needed = sum(training(config, 1, context, data_tokens=tokens).values())
             raise InputError(
                 f"{memory / 2**30:.2f} GiB do not hold this training, which needs {needed / 2**30:.2f} GiB: give it "
-                "that with --memory, or take a smaller model"
+                "that (--memory), or take a smaller model"
             )
         micro = -(-micro // 2)
     return micro
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that a training may take where no limit is named; None where the device is asked only later."""
+    return int(FREE * heap.memory()[1]) if device.type == "cpu" else None
 
 
 def _machine(device: torch.device) -> tuple[Machine, float]:

@@ -10,7 +10,8 @@ import torch
 from twelve import convert
 from twelve.config import ModelConfig, small_v3, with_memory
 from twelve.data.corpus import tokenize
-from twelve.data.shards import META, PackedData
+from twelve.data.shards import PackedData
+from twelve.data.survey import holds_tokens
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.heap import give_back
@@ -19,7 +20,7 @@ from twelve.plan.cost import drawn
 from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
-from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch
+from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch, free
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
@@ -62,6 +63,13 @@ def pretrain(
     }  # fmt: skip
     if start is not None:
         _check_start(options, out)
+    holds_tokens(paths, tokenizer=tokenizer, vocab_size=vocab_size, filter=filter)
+    if experts and experts_per_token and experts_per_token > experts:
+        raise InputError(f"--experts-per-token {experts_per_token}: there are {experts} experts in a layer")
+    of_memory = [key for key in switches or () if key.startswith("engram_") and key != "engram_vocab_size"]
+    if of_memory and switches.get("engram_vocab_size") == 0:
+        option = _option(of_memory[0])
+        raise InputError(f"--{option} is for a memory, and --engram-vocab-size 0 leaves it out: drop one of them")
 
     def prepare(folder: Path, plan: Plan | None) -> Prepared:
         target = pick_device(device)
@@ -93,11 +101,15 @@ def pretrain(
                 config.pad_token_id = words.pad_id
             else:
                 config = convert.load_config(start)
-                length = min(length, config.max_position_embeddings)
+                most = config.max_position_embeddings
+                if context is not None and context > most:
+                    raise InputError(f"--context {context}: {start} reads {most} tokens at most")
+                length = min(length, most)
             plan = Plan(
                 stage="pretrain", options=options, config=config.to_dict(), data=describe(data), context=length,
                 batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
-                micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
+                micro_batch_size=micro
+                or fitting_micro_batch(config, rows, length, memory or free(target), data.tokens),
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
                 betas=BETAS, drawn=drawn(config.vocab_size) if target.type == "cpu" else 0,
                 compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
@@ -135,9 +147,14 @@ def _check_start(options: dict[str, Any], out: str | Path) -> None:
     convert.require_floats(start)
     if convert.resolve(start).resolve() == Path(out).resolve():
         raise InputError(f"{out} is the model to start from: name another folder with --out")
-    sizes = ("tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp", "switches")
-    if given := [name for name in sizes if options[name] or (options[name] == 0 and name != "mtp")]:
-        raise InputError(f"--from {start} brings its own sizes and tokenizer: leave out {given[0].replace('_', ' ')}")
+    sizes = ("tokenizer", "vocab_size", "width", "layers", "experts", "experts_per_token", "mtp")
+    given = [name for name in sizes if options[name] or (options[name] == 0 and name != "mtp")]
+    if given := [*given, *(options["switches"] or {})]:
+        raise InputError(f"--from {start} brings its own sizes and tokenizer: leave out --{_option(given[0])}")
+
+
+def _option(name: str) -> str:
+    return name.replace("layer_ids", "layers").replace("_", "-")
 
 
 def _first(*values: Any) -> Any:
@@ -148,9 +165,7 @@ def _shards(
     paths: list[str], folder: Path, tokenizer: str | None, vocab_size: int | None, filter: bool, quiet: bool
 ) -> Path:
     """The folder with the token shards of `paths` and their tokenizer, made if need be."""
-    if len(paths) == 1 and (Path(paths[0]) / META).exists():
-        if filter:
-            raise InputError(f"{paths[0]} holds tokens: filter the text they are made of (twelve tokenize --filter)")
+    if holds_tokens(paths):
         return Path(paths[0])
     shards = folder / "training" / "data"
     tokenize(paths, shards, tokenizer, vocab_size, filter=filter, progress=not quiet)
