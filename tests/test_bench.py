@@ -151,9 +151,10 @@ def test_rows_of_earlier_versions_are_known(runs, tmp_path):
     assert quality.jobs(options) == [{"arm": "random", "seed": 3, "settings": settings}]
     options.seed, options.rate, options.batch, options.vocabulary, options.threads = [0], [0.004], [8], [4096], 1
     options.experts, options.shapes, options.marks, options.decay_share = [0], ["64x2"], [1.0, 2.0], 0.4
+    options.reading = 0
     assert scaling.jobs(options) == [
-        {"width": 64, "layers": 2, "experts": 0, "vocabulary": 4096, "batch": 8, "rate": 0.004, "seed": 0, "threads": 1,
-         "settings": {"context": 256, "marks": [1.0, 2.0], "limit": 30, "decay_share": 0.4,
+        {"width": 64, "layers": 2, "experts": 0, "vocabulary": 4096, "batch": 8, "rate": 0.004, "reading": 0, "seed": 0,
+         "threads": 1, "settings": {"context": 256, "marks": [1.0, 2.0], "limit": 30, "decay_share": 0.4,
                       "held_out": {"ko": "ko.jsonl"}, "data": data[:16]}}
     ]  # fmt: skip
     first, later = reasoning.jobs("curriculum", [3])

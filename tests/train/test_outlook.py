@@ -201,7 +201,7 @@ def test_tokens_have_a_vocabulary_already(text, known, tmp_path):
         plan(tokenizer="nowhere")
     with pytest.raises(InputError, match="--filter says what is done with text"):
         plan(filter=True)
-    assert plan(tokenizer=shards[0])["expected"]["vocab_size"] == 300
+    assert plan(tokenizer=shards[0])["expected"]["vocab_size"] == Tokenizer.load(shards[0]).vocab_size
 
 
 @pytest.mark.parametrize(
