@@ -250,9 +250,9 @@ def show(rows: list[dict]) -> None:
 
 def check(rows: list[dict]) -> None:
     """Root mean square errors, in bits per byte, of the law and of interpolation, run by run."""
-    from twelve.plan.law import best_settings, left_out
+    from twelve.plan.law import comparable, left_out
 
-    rows = best_settings(joined(rows))
+    rows = comparable(joined(rows))
     law, between = [], []
     for row in rows:
         law += left_out(rows, row)

@@ -44,6 +44,22 @@ def test_what_no_law_says_counts_where_it_was_seen():
     assert found.bits(*far) == pytest.approx(found.trend(*far), abs=1e-6)
 
 
+def test_what_a_vocabulary_is_behind_is_told_from_what_size_and_text_do():
+    """Small ones are faster, so that without this one that is worse at equal tokens would be taken."""
+    behind = {4096: 0.05, 8192: 0.0}
+    rows = [
+        {**row, "marks": [{**mark, "bits": {"ko": law.mean_bits(mark) + behind[row["vocabulary"]]}}
+                          for mark in row["marks"]]}
+        for row in ROWS
+    ]  # fmt: skip
+    rows += made_up(widths=(192,), experts=(8,), vocabularies=(8192,), seconds=(60, 240))  # so that it is the commonest
+    found = law.fit_law(rows)
+    assert found.vocabularies == pytest.approx(behind, abs=0.003) and found.error < 0.015
+    assert found.of_vocabulary(5793) == pytest.approx(0.025, abs=0.003)
+    assert found.bits(2e6, 6e6, 8e6) == pytest.approx(true_bits(2e6, 6e6, 8e6), rel=0.01)
+    assert choose(asked(), rows)[0].config.vocab_size == 8192 and choose(asked(), ROWS)[0].config.vocab_size == 4096
+
+
 def test_few_runs_are_enough_to_go_on():
     for rows in (ROWS[:1], ROWS[:2], made_up(widths=(128, 256), experts=(8,), vocabularies=(8192,), seconds=(30,))):
         found = law.fit_law(rows)

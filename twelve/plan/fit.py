@@ -186,6 +186,7 @@ def _judged(choice: Choice, law: Law) -> Choice:
     outside = counts.embedding + counts.head
     active, total = counts.active - outside, counts.total - outside - counts.table
     bits, error = law.bits(active, total, choice.tokens), law.uncertainty(active, choice.tokens)
+    bits += law.of_vocabulary(choice.config.vocab_size)
     if not choice.config.engram_layer_ids:  # all scaling runs have a memory
         bits += WITHOUT_MEMORY
     return replace(choice, bits=bits, error=error)

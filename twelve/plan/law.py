@@ -1,10 +1,9 @@
 """What scaling runs say (scaling.json, made by bench/scaling.py): bits per byte by size and text, and speed by shape.
 
 Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size without embedding, head and
-memory, D the tokens read. In trainings this short it is steps that count, not bytes: runs with 4,096 to 16,384 entries
-were level at equal tokens (docs/lab.md). What the law says wrong of a run, it says wrong of its neighbours, too: they
-are corrected by it (kriging), which fades where no run is near. `bench/scaling.py --check` compares law and plain
-interpolation on runs that are left out.
+memory, D the tokens read. What a vocabulary is behind another at equal tokens, in runs that differ in nothing else, is
+added. What the law says wrong of a run, it says wrong of its neighbours, too: they are corrected by it (kriging), which
+fades where no run is near. `bench/scaling.py --check` compares law and plain interpolation on runs that are left out.
 
 How fast a shape trains follows from its arithmetic and from the share of the processor's measured speed that runs of
 its kind reach.
@@ -12,7 +11,7 @@ its kind reach.
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N,
 PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
 LEAST_STEPS = 200  # of a mark: in fewer, warm-up and decay are most of a training
 UNKNOWN = 0.05  # bits per byte of error, where there are too few runs to tell
+NEAR = 1.25  # a factor of tokens beyond a run's marks that it still tells of
 REACH = np.log([3.0, 4.0])  # within such factors of size and of tokens a law is wrong alike
 WRONG, NOISE = 0.03, 0.01  # bits per byte by which a law is wrong of a shape, and a run of itself
 
@@ -62,6 +62,7 @@ class Law:
     unit: tuple[float, float]  # of N and D, so that `size` and `data` are bits
     error: float = 0.0
     known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; tokens from, to
+    vocabularies: dict[int, float] = field(default_factory=dict)  # bits more at equal tokens
     marks: np.ndarray = field(default_factory=lambda: np.empty((0, 2)), compare=False, repr=False)  # as `_place`
     corrections: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False, repr=False)  # of each mark
 
@@ -69,6 +70,11 @@ class Law:
         """active, total: parameters without embedding, head and table."""
         near = _nearness(self._place(active, total, tokens)[None], self.marks)
         return self.trend(active, total, tokens) + float((near @ self.corrections).item())
+
+    def of_vocabulary(self, entries: int) -> float:
+        """Bits per byte to add for a vocabulary of so many entries."""
+        sizes = sorted(self.vocabularies)
+        return float(np.interp(np.log(entries), np.log(sizes), [self.vocabularies[size] for size in sizes]))
 
     def trend(self, active: float, total: float, tokens: float) -> float:
         """The law itself, which no single run bends."""
@@ -95,7 +101,8 @@ class Law:
 
 def fit_law(rows: Sequence[Row]) -> Law:
     """The law of these runs, with the error that it makes of each run when it is fitted to the others."""
-    rows = best_settings(rows)
+    behind = vocabularies(rows)
+    rows = comparable(rows)
     every = points(rows)
     errors = [UNKNOWN]
     if len(rows) >= 3:
@@ -103,7 +110,8 @@ def fit_law(rows: Sequence[Row]) -> Law:
         errors = [error for row in lasting for error in left_out(rows, row)]
     active, tokens = every[:, 0], every[:, 2]
     known = tuple(map(float, (active.min(), active.max(), tokens.min(), tokens.max())))
-    return replace(_fit(every), error=float(np.sqrt(np.mean(np.square(errors)))), known=known)
+    error = float(np.sqrt(np.mean(np.square(errors))))
+    return replace(_fit(every), error=error, known=known, vocabularies=behind)
 
 
 def left_out(rows: Sequence[Row], row: Row) -> list[float]:
@@ -132,6 +140,39 @@ def mean_bits(mark: dict[str, Any]) -> float:
     return float(np.mean(list(mark["bits"].values())))
 
 
+def comparable(rows: Sequence[Row]) -> list[Row]:
+    """Of runs of the same shape the best, as they would be with the commonest vocabulary."""
+    behind = vocabularies(rows)
+    return best_settings([
+        {**row, "marks": [
+            {**mark, "bits": {name: bits - behind[row["vocabulary"]] for name, bits in mark["bits"].items()}}
+            for mark in row["marks"]
+        ]}
+        for row in rows
+    ])  # fmt: skip
+
+
+def vocabularies(rows: Sequence[Row]) -> dict[int, float]:
+    """By how many bits per byte each is behind the commonest at equal tokens: the mean over the marks of runs that
+    differ in nothing else; 0 where there are none."""
+    common = statistics.mode(row["vocabulary"] for row in rows)
+    known = {_kind(row): row for row in rows if row["vocabulary"] == common}
+    behind: dict[int, list[float]] = {row["vocabulary"]: [] for row in rows}
+    for row in rows:
+        if (same := known.get(_kind(row))) is not None:
+            known_tokens = [mark["tokens"] for mark in same["marks"]]
+            least, most = min(known_tokens) / NEAR, max(known_tokens) * NEAR
+            behind[row["vocabulary"]] += [
+                mean_bits(mark) - read(same, mark["tokens"]) for mark in row["marks"]
+                if _lasts(row, mark) and least <= mark["tokens"] <= most
+            ]  # fmt: skip
+    return {size: float(np.mean(found)) if found else 0.0 for size, found in behind.items()}
+
+
+def _kind(row: Row) -> tuple:
+    return tuple(row.get(key) for key in ("width", "layers", "experts", "batch", "rate", "reading"))
+
+
 def best_settings(rows: Sequence[Row]) -> list[Row]:
     """Of runs that differ in learning rate or batch only, the one that is lowest at the most tokens that all read."""
     groups: dict[tuple, list[Row]] = {}
@@ -145,10 +186,15 @@ def best_settings(rows: Sequence[Row]) -> list[Row]:
 
 
 def read(row: Row, tokens: float) -> float:
-    """Bits per byte of a run after so many tokens, on straight lines over their logarithm between its marks."""
+    """Bits per byte of a run after so many tokens, on straight lines between its marks: both are logarithms. Beyond the
+    marks, the last line goes on."""
     marks = sorted(row["marks"], key=lambda mark: mark["tokens"])
-    known = [math.log(mark["tokens"]) for mark in marks]
-    return float(np.interp(math.log(tokens), known, list(map(mean_bits, marks))))
+    known, bits = (np.log(values) for values in ([mark["tokens"] for mark in marks], list(map(mean_bits, marks))))
+    if len(known) == 1:
+        return float(np.exp(bits[0]))
+    at = int(np.clip(np.searchsorted(known, np.log(tokens)), 1, len(known) - 1))
+    share = (np.log(tokens) - known[at - 1]) / (known[at] - known[at - 1])
+    return float(np.exp(bits[at - 1] + share * (bits[at] - bits[at - 1])))
 
 
 def _nearness(places: np.ndarray, others: np.ndarray) -> np.ndarray:
