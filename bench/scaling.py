@@ -250,11 +250,11 @@ def show(rows: list[dict]) -> None:
 
 def check(rows: list[dict]) -> None:
     """Root mean square errors, in bits per byte, of the law and of interpolation, run by run."""
-    from twelve.plan.law import comparable, left_out
+    from twelve.plan.law import comparable, lasting, left_out
 
     rows = comparable(joined(rows))
     law, between = [], []
-    for row in rows:
+    for row in lasting(rows):
         law += left_out(rows, row)
         between += interpolated([other for other in rows if other is not row], row)
     for name, errors in (("law", law), ("interpolation", [error for error in between if error is not None])):

@@ -9,8 +9,8 @@ SPEED, REACHED = 100.0, 0.4  # GFLOP/s, and the share of it that these runs reac
 
 
 def true_bits(active, total, tokens, sparse=0.25):
-    size = active ** (1 - sparse) * total**sparse
-    return 0.8 + 1.1 * (size / 1e6) ** -0.4 + 0.5 * (tokens / 1e7) ** -0.35
+    size, read = np.log(active ** (1 - sparse) * total**sparse / 1e6), np.log(tokens / 1e7)
+    return 0.8 + np.exp(0.1 - 0.2 * size - 0.15 * read - 0.03 * size * read)
 
 
 def made_up(widths=(64, 128, 192, 256, 384), experts=(0, 8), noise=0.0, vocabularies=(4096, 8192),

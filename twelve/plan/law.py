@@ -1,9 +1,11 @@
 """What scaling runs say (scaling.json, made by bench/scaling.py): bits per byte by size and text, and speed by shape.
 
-Bits per byte follow L(N, D) = E + A / N^a + B / D^b (arXiv 2203.15556): N is the size without embedding, head and
-memory, D the tokens read. What a vocabulary is behind another at equal tokens, in runs that differ in nothing else, is
-added. What the law says wrong of a run, it says wrong of its neighbours, too: they are corrected by it (kriging), which
-fades where no run is near. `bench/scaling.py --check` compares law and plain interpolation on runs that are left out.
+Bits per byte follow L(N, D) = E + c N^a D^(b + s ln N): N is the size without embedding, head and memory, D the tokens
+read. In trainings this short a larger model gains the more the more it reads (s), which a sum of one term in N and one
+in D (arXiv 2203.15556) does not say (docs/lab.md). What a vocabulary is behind another at equal tokens, in runs that
+differ in nothing else, is added. What the law says wrong of a run, it says wrong of its neighbours, too: they are
+corrected by it (kriging), which fades where no run is near. `bench/scaling.py --check` compares law and plain
+interpolation on runs that are left out.
 
 How fast a shape trains follows from its arithmetic and from the share of the processor's measured speed that runs of
 its kind reach.
@@ -25,10 +27,11 @@ from twelve.files import read_json
 from twelve.plan import cost
 
 ROWS = Path(__file__).with_name("scaling.json")
-EXPONENTS = np.linspace(0.1, 1.2, 23)  # that are tried for a and b
-USUAL, SPREAD, DOUBT = (0.34, 0.28), 0.3, 0.02  # Chinchilla's a and b; how far others may be, in bits per byte of error
+FLOORS = np.linspace(0.5, 1.5, 41)  # that are tried for E
 SPARSE = (0.0, 0.25, 0.5, 0.75, 1.0)  # tried: the power of all parameters in N, of which the rest is of active ones
-PARTS = ((0, 1, 2), (0, 2), (0, 1), (1, 2), (0,))  # of E, A, B: those that are not zero
+# of E, and of ln c, a, b and s around the middle of the runs: what is usual, how far others may be, and what a
+# difference of one such step counts as, in bits per byte of error
+USUAL_FLOOR, USUAL, DOUBT = (1.0, 0.3), np.array([[0.0, -0.08, -0.25, 0.0], [3.0, 0.08, 0.1, 0.03]]), 0.02
 LEAST_STEPS = 200  # of a mark: in fewer, warm-up and decay are most of a training
 UNKNOWN = 0.05  # bits per byte of error, where there are too few runs to tell
 NEAR = 1.25  # a factor of tokens beyond a run's marks that it still tells of
@@ -54,12 +57,9 @@ class Law:
     """Bits per byte by size and tokens; `error` is the root mean square of what it says wrong of runs left out."""
 
     floor: float
-    size: float
-    size_power: float
-    data: float
-    data_power: float
+    powers: np.ndarray = field(compare=False)  # ln c, a, b, s for N and D in units of `middle`
     sparse: float
-    unit: tuple[float, float]  # of N and D, so that `size` and `data` are bits
+    middle: np.ndarray = field(compare=False)  # logarithms of N and D
     error: float = 0.0
     known: tuple[float, float, float, float] = (0.0, np.inf, 0.0, np.inf)  # active from, to; tokens from, to
     vocabularies: dict[int, float] = field(default_factory=dict)  # bits more at equal tokens
@@ -78,8 +78,7 @@ class Law:
 
     def trend(self, active: float, total: float, tokens: float) -> float:
         """The law itself, which no single run bends."""
-        n, d = np.exp(self._place(active, total, tokens) * REACH) / self.unit
-        return float(self.floor + self.size * n**-self.size_power + self.data * d**-self.data_power)
+        return float(self.floor + np.exp(_terms(_logs(active, total, tokens, self.sparse) - self.middle) @ self.powers))
 
     def corrected(self, every: np.ndarray) -> Law:
         """With what the law says wrong at these `points`."""
@@ -89,8 +88,7 @@ class Law:
         return replace(self, marks=marks, corrections=np.linalg.solve(spread, wrong))
 
     def _place(self, active: float, total: float, tokens: float) -> np.ndarray:
-        """Logarithms of N and D, in units of REACH."""
-        return np.log([active ** (1 - self.sparse) * total**self.sparse, float(tokens)]) / REACH
+        return _logs(active, total, tokens, self.sparse) / REACH
 
     def uncertainty(self, active: float, tokens: float) -> float:
         """Standard error of `bits`; larger outside of what was measured, by half for every factor of two."""
@@ -104,14 +102,16 @@ def fit_law(rows: Sequence[Row]) -> Law:
     behind = vocabularies(rows)
     rows = comparable(rows)
     every = points(rows)
-    errors = [UNKNOWN]
-    if len(rows) >= 3:
-        lasting = [row for row in rows if any(_lasts(row, mark) for mark in row["marks"])] or rows
-        errors = [error for row in lasting for error in left_out(rows, row)]
+    errors = [UNKNOWN] if len(rows) < 3 else [error for row in lasting(rows) for error in left_out(rows, row)]
     active, tokens = every[:, 0], every[:, 2]
     known = tuple(map(float, (active.min(), active.max(), tokens.min(), tokens.max())))
     error = float(np.sqrt(np.mean(np.square(errors))))
     return replace(_fit(every), error=error, known=known, vocabularies=behind)
+
+
+def lasting(rows: Sequence[Row]) -> list[Row]:
+    """Those with a mark that is late enough to say something; all, if there are none."""
+    return [row for row in rows if any(_lasts(row, mark) for mark in row["marks"])] or list(rows)
 
 
 def left_out(rows: Sequence[Row], row: Row) -> list[float]:
@@ -202,32 +202,38 @@ def _nearness(places: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * ((places[:, None] - others) ** 2).sum(-1))
 
 
+def _logs(active, total, tokens, sparse: float) -> np.ndarray:
+    """[..., 2]: logarithms of N and D."""
+    n = (1 - sparse) * np.log(active) + sparse * np.log(total)
+    return np.stack([n, np.log(np.asarray(tokens, float))], axis=-1)
+
+
+def _terms(logs: np.ndarray) -> np.ndarray:
+    """[..., 2] -> [..., 4]: 1, ln N, ln D and their product."""
+    n, d = logs[..., 0], logs[..., 1]
+    return np.stack([np.ones_like(n), n, d, n * d], axis=-1)
+
+
 def _fit(every: np.ndarray) -> Law:
-    """Least squares: the exponents by trying all, the rest, which is linear and not below zero, by solving."""
+    """Least squares: E and the power of all parameters in N by trying all, the rest, which is linear in logarithms, by
+    solving; each is held where it usually is by as much as DOUBT says."""
     active, total, tokens, bits = every.T
-    unit = float(np.exp(np.log(active).mean())), float(np.exp(np.log(tokens).mean()))
-    a, b = (grid.ravel() for grid in np.meshgrid(EXPONENTS, EXPONENTS))
-    prior = DOUBT**2 * (((a - USUAL[0]) / SPREAD) ** 2 + ((b - USUAL[1]) / SPREAD) ** 2)
-    sparsity = np.log(total / active)
+    usual, off = USUAL
     best, least = None, np.inf
-    for sparse in SPARSE if np.ptp(sparsity) > 0.1 else SPARSE[:1]:
-        n = active ** (1 - sparse) * total**sparse / unit[0]
-        terms = np.stack([np.ones((len(a), len(n))), n ** -a[:, None], (tokens / unit[1]) ** -b[:, None]], axis=-1)
-        for used in map(list, PARTS):
-            part = terms[..., used]  # [exponents, marks, used]
-            square = part.mT @ part + 1e-9 * np.eye(len(used))
-            found = np.linalg.solve(square, part.mT @ bits[:, None])  # [exponents, used, 1]
-            loss = (((part @ found)[..., 0] - bits) ** 2).sum(-1) + prior
-            allowed = (found >= 0).all((-2, -1))
-            free, loss = int(loss.argmin()), np.where(allowed, loss, np.inf)
-            at = int(loss.argmin())
-            if loss[at] < least - 1e-12:
-                least, values = loss[at], np.zeros(3)
-                values[used] = found[at, :, 0]
-                floor, size, data = map(float, values)
-                best = Law(floor, size, float(a[at]), data, float(b[at]), sparse, unit)
-            if at == free:  # with fewer terms it cannot be better
-                break
+    for sparse in SPARSE if np.ptp(np.log(total / active)) > 0.1 else SPARSE[:1]:
+        logs = _logs(active, total, tokens, sparse)
+        middle = logs.mean(0)
+        terms = _terms(logs - middle)
+        for floor in FLOORS[: np.searchsorted(FLOORS, bits.min())]:
+            above = (bits - floor)[:, None] / DOUBT  # an error of the logarithm, as one of bits
+            weighted, wanted = np.vstack([terms * above, np.diag(1 / off)]), np.log(bits - floor)
+            powers = np.linalg.lstsq(weighted, np.concatenate([wanted * above[:, 0], usual / off]), rcond=None)[0]
+            errors = (floor + np.exp(terms @ powers) - bits) / DOUBT, (powers - usual) / off
+            loss = sum(float((error**2).sum()) for error in errors) + ((floor - USUAL_FLOOR[0]) / USUAL_FLOOR[1]) ** 2
+            if loss < least:
+                best, least = Law(float(floor), powers, sparse, middle), loss
+    if best is None:
+        raise InputError(f"runs of {bits.min():.2f} bits a byte are below what any law here ends at")
     return best.corrected(every)
 
 
