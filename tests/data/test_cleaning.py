@@ -155,6 +155,30 @@ def test_rows_keep_what_they_came_with(tmp_path, name):
     assert (tmp_path / name).read_bytes() == content and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_long_text_stays_one_document(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE", 2000)
+    story = "\n".join(english(number) for number in range(30))
+    rows = [{"id": 1, "title": "배", "text": story}, {"text": korean(1)}, {"messages": TALK}]
+    source = write(tmp_path / "in.jsonl", rows)
+    pieces = [document for document in read_documents([source]) if document.source.endswith(":1")]
+    assert len(pieces) > 5 and [piece.piece for piece in pieces] == list(range(len(pieces)))
+
+    def written(documents):
+        with write_rows(tmp_path / "out.jsonl") as put:
+            for document in documents:
+                put(document)
+        return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    assert written(read_documents([source])) == rows
+    left = written([*pieces[:2], *pieces[3:], *pieces[3:5]])  # a gap; and some that are wanted twice
+    assert [row["text"] for row in left] == ["".join(piece.text for piece in part)
+                                             for part in (pieces[:2], pieces[3:], pieces[3:5])]  # fmt: skip
+    (tmp_path / "book.txt").write_text(story)
+    assert tokenize([tmp_path / "book.txt"], tmp_path / "a", tokenizer, filter=True, progress=False)["documents"] == 1
+    monkeypatch.setattr("twelve.data.cleaning.LONGEST", 3000)
+    assert len(written(pieces)) > 2 and all(row["id"] == 1 for row in written(pieces))
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl.zst", "folder.jsonl"])
 def test_what_cannot_be_written(tmp_path, name):
     (tmp_path / "folder.jsonl").mkdir()

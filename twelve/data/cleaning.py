@@ -40,6 +40,7 @@ RULES_VERSION = 2  # of what is kept; shards made under others are made anew
 SAID = ("reasoning_content", "content", "tool_calls")  # of a message
 EXAMPLES = 4  # of every reason
 EXCERPT = 700  # characters
+LONGEST = 4 << 20  # characters of a line: read again, it has to be in memory as a whole
 GZIP_LEVEL = 3  # a third of the time of 6, for a tenth more bytes
 
 
@@ -227,18 +228,43 @@ class Tally:
 
 @contextmanager
 def write_rows(path: Path) -> Iterator[Callable[[Document], None]]:
-    """Write documents as lines of a .jsonl or .jsonl.gz file, with the id and title that they came with."""
+    """Write documents as lines of a .jsonl or .jsonl.gz file, with the id and title that they came with. Pieces of one
+    that follow each other share a line, as long as it can be read again."""
     with atomic_write(path) as temporary, open(temporary, "wb") as raw:
         packed = path.suffix.lower() == ".gz"  # mtime: equal documents make equal files
         binary = gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0) if packed else raw
         # half a character, which a message may hold, is written as JSON writes it
         with io.TextIOWrapper(binary, encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            yield lambda document: _write_row(file, document)
+            rows = _Rows(file)
+            yield rows.write
+            rows.close()
 
 
-def _write_row(file: io.TextIOWrapper, document: Document) -> None:
-    content = {"text": document.text} if document.text is not None else {"messages": document.messages}
-    file.write(json.dumps(document.about | content, ensure_ascii=False) + "\n")
+class _Rows:
+    """Lines of a file; that of a long text stays open for its next piece."""
+
+    def __init__(self, file: io.TextIOWrapper):
+        self._file, self._size = file, 0
+        self._next: tuple[str, int] | None = None  # source and number of the piece that the open line waits for
+
+    def write(self, document: Document) -> None:
+        if document.text is None:
+            self.close()
+            self._file.write(json.dumps(document.about | {"messages": document.messages}, ensure_ascii=False) + "\n")
+            return
+        if (document.source, document.piece) != self._next or self._size > LONGEST:
+            self.close()
+            self._file.write(json.dumps(document.about | {"text": ""}, ensure_ascii=False)[: -len('"}')])
+        self._file.write(json.dumps(document.text, ensure_ascii=False)[1:-1])
+        self._size += len(document.text)
+        self._next = (document.source, document.piece + 1)
+        if not document.more:
+            self.close()
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._file.write('"}\n')
+        self._next, self._size = None, 0
 
 
 def check_out(path: Path) -> None:

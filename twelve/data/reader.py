@@ -39,6 +39,7 @@ class Document:
     messages: list[dict[str, Any]] | None
     source: str  # file, and line for JSONL, row for Parquet
     more: bool = False  # the next Document goes on where this text stops: together they are one document
+    piece: int = 0  # of them
     about: dict[str, Any] = field(default_factory=dict)  # `id` and `title`, where its row has them
 
 
@@ -212,7 +213,7 @@ def _is_damaged(path: Path) -> bool:
 
 def _text(path: Path, blocks: Iterator[bytes], report: Report) -> Iterator[Document]:
     """One document; bytes that are no UTF-8 are skipped and counted."""
-    total = noise = 0
+    total = noise = number = 0
     waiting: str | None = None  # one piece is held back, to know whether another follows
     for number, data in enumerate(_cut(blocks)):
         text, bad = decode(data.removeprefix(BOM) if number == 0 else data)
@@ -222,12 +223,12 @@ def _text(path: Path, blocks: Iterator[bytes], report: Report) -> Iterator[Docum
         if noise > NOISE * total:
             raise no_text(path, noise / total, data)
         if waiting is not None:
-            yield Document(waiting, None, str(path), more=True)
+            yield Document(waiting, None, str(path), more=True, piece=number - 1)
         waiting = text
     if waiting is None or (total <= PIECE and not waiting.strip()):
         report.empty += 1
     else:
-        yield Document(waiting, None, str(path))
+        yield Document(waiting, None, str(path), piece=number)
 
 
 def _objects(path: Path, blocks: Iterator[bytes], report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -278,8 +279,8 @@ def _rows(rows: Iterator[tuple[str, dict[str, Any]]], report: Report) -> Iterato
         report.bad_bytes += len(row["text"].encode("utf-8", "surrogatepass")) - len(data)
         pieces = [piece.decode() for piece in _cut([data])] if row["text"].strip() else []
         report.empty += not pieces
-        for index, piece in enumerate(pieces, 1):
-            yield Document(piece, None, where, more=index < len(pieces), about=about)
+        for index, piece in enumerate(pieces):
+            yield Document(piece, None, where, more=index + 1 < len(pieces), piece=index, about=about)
 
 
 def _cut(blocks: Iterable[bytes]) -> Iterator[bytes]:
