@@ -14,6 +14,7 @@ from twelve import cli
 from twelve.config import small_v3
 from twelve.convert.gguf import GGUFFile
 from twelve.convert.gguf_blocks import BLOCK_TYPES
+from twelve.convert.gguf_config import metadata
 from twelve.convert.gguf_export import export
 from twelve.convert.gguf_tokenizer import SPLITS, _cutting, read_tokenizer, tokenizer_metadata
 from twelve.convert.gguf_write import Entry, write_gguf
@@ -131,6 +132,18 @@ def test_a_model_comes_back_bit_for_bit(case, tokenizer, tmp_path, capsys):
     assert words.encode("배 열두 척이<|im_end|>7") == tokenizer.encode("배 열두 척이<|im_end|>7")
     assert [remark for remark in result["remarks"] if remark in capsys.readouterr().err] == result["remarks"]
     assert bool(result["remarks"]) == (case == "v2-greedy")
+
+
+def test_numbers_of_layers_that_llama_cpp_takes_for_v2_lite_have_no_latent_of_queries():
+    sizes = ((26, 300, True), (27, 300, True), (48, 128256, True), (25, 300, False), (48, 300, False))
+    for layers, vocabulary, refused in sizes:
+        config = replace(small_v3(vocabulary, 64, layers, 0), q_lora_rank=32)
+        assert metadata(replace(config, q_lora_rank=None))
+        if refused:
+            with pytest.raises(InputError, match="like V2-Lite, without a latent of queries"):
+                metadata(config)
+        else:
+            assert metadata(config)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -216,6 +216,8 @@ def _latent_obstacles(c: ModelConfig) -> Iterator[str]:
         yield "has YaRN in latent attention only with mscale and mscale_all_dim alike, and no attention_factor"
     if rope.get("truncate", True) is not True:
         yield "rounds YaRN's bounds (truncate)"
+    if c.q_lora_rank and (c.num_hidden_layers in (26, 27) or (c.num_hidden_layers, c.vocab_size) == (48, 128256)):
+        yield f"takes {c.num_hidden_layers} layers for a model like V2-Lite, without a latent of queries (q_lora_rank)"
     if c.n_routed_experts is None:
         return
     if not c.n_shared_experts:
