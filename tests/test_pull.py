@@ -183,8 +183,8 @@ def test_a_new_revision_takes_the_place_of_the_old_one(hub, model):
 def test_half_a_new_revision_is_no_model(hub, model):
     hub.files = files_of(model / "shards")
     fetch(hub)
-    second = sorted(name for name in hub.files if name.endswith(".safetensors"))[1]
-    hub.files = hub.files | {second: hub.files[second][:-1] + b"\x01"}  # the same config.json
+    first, second = sorted(name for name in hub.files if name.endswith(".safetensors"))[:2]
+    hub.files = hub.files | {name: hub.files[name][:-1] + b"\x01" for name in (first, second)}  # the same config.json
     hub.commit, hub.cuts[second] = "d" * 40, [0] * (TRIES + 1)
     refused("no connection|broke off", hub)
     with pytest.raises(InputError, match="is here only in part: `twelve pull"):
@@ -193,6 +193,21 @@ def test_half_a_new_revision_is_no_model(hub, model):
     fetch(hub)
     convert.load(NAME)
     assert files_of(convert.resolve(NAME))[second] == hub.files[second]
+
+
+def test_an_update_that_replaces_nothing_leaves_the_model(hub, monkeypatch):
+    fetch(hub)
+    hub.files, hub.commit = hub.files | {"README.md": hub.files["README.md"] + b"more"}, "d" * 40
+    hub.cuts["README.md"] = [0] * (TRIES + 1)
+    refused("no connection|broke off", hub)
+    convert.load(NAME)
+    hub.cuts, hub.files = {}, hub.files | {WEIGHTS: hub.files[WEIGHTS] + b"\x01"}
+    with monkeypatch.context() as full:
+        full.setattr(pull_module, "free_bytes", lambda folder: 1000)
+        refused("needs .* more, and .* free", hub)
+    convert.load(NAME)
+    stated = json.loads((convert.resolve(NAME) / "pull.json").read_text())
+    assert stated["commit"] != hub.commit  # which is not here yet
 
 
 @pytest.mark.parametrize(

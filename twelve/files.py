@@ -26,25 +26,25 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises InputError, with the path and the free bytes, when the disk is full.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with new_folders(path.parent):
-        _sweep(path)
-        try:
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if _is_disk_full(error):
-                free = f"{free_bytes(path):,} bytes free"
-                raise InputError(f"no space left to write {path} ({free}): free some space, run again") from error
-            raise
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if _is_disk_full(error):
+            free = f"{free_bytes(path):,} bytes free"
+            raise InputError(f"no space left to write {path} ({free}): free some space, run again") from error
+        raise
 
 
 @contextlib.contextmanager
 def new_folders(folder: Path) -> Iterator[None]:
-    """Make `folder`; when the block fails, those that were made for it and that nobody filled go again."""
+    """Make `folder`, for this process alone; when the block fails, what was made and nobody filled goes again."""
     made = _absent(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:

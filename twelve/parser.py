@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("paths", nargs="+", metavar="PATH", help=argparse.SUPPRESS)
     made.add_argument("--out", default="runs/pretrain", metavar="FOLDER", help="the model (default: runs/pretrain)")
     _training(made)
-    made.add_argument("--memory", type=size, metavar="SIZE", help="to stay below, like 8GiB (default: what is free)")
+    made.add_argument("--memory", type=size, metavar="SIZE", help="to stay below (a plan: what is free)")
     _tokenizer(made)
     made.add_argument("--filter", action="store_true", help="drop bad, foreign and repeated text first")
     made.add_argument("--width", type=positive, help="of the residual stream, a multiple of 64")

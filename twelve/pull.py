@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ def pull(
     with FolderLock(folder), hub.explained(folder):
         listed = hub.files()
         stated = {"name": name, "revision": revision, "commit": hub.commit}
-        known = read_json(folder / PULLED) if (folder / PULLED).exists() else None
-        if known is None:
+        if not (folder / PULLED).exists():  # so that the next call knows whose folder it is
             write_json(folder / PULLED, stated)
         gguf = _gguf(listed, file, name)
         wanted = [one for path, one in listed.items() if TEXTS.fullmatch(path) and Path(path).suffix not in PICKLES]
@@ -68,14 +68,18 @@ def pull(
             tables = [_one(listed, TABLE, name)] if _check_config(config, name).engram_layer_ids else []
             beside = [listed[path] for path in sorted(BESIDE & listed.keys())]
             wanted += [*beside, *tables, *_weights(hub, listed, folder)]
-            if config != folder / CONFIG:  # one that is there is of an earlier revision
-                (folder / CONFIG).unlink(missing_ok=True)
-            elif known != stated:  # it stays as it is, but what is beside it may be replaced
-                config = listed[CONFIG].partial(folder)
-                os.replace(folder / CONFIG, config)
+            hidden = listed[CONFIG].partial(folder)
+
+            def hide() -> None:  # half of a revision is no model
+                if config == folder / CONFIG and config.exists():
+                    os.replace(config, hidden)
+                else:
+                    (folder / CONFIG).unlink(missing_ok=True)
+
+            _fetch(hub, wanted, folder, quiet, hide)
+            if hidden.exists():
+                os.replace(hidden, folder / CONFIG)
             write_json(folder / PULLED, stated)
-            _fetch(hub, wanted, folder, quiet)
-            os.replace(config, folder / CONFIG)
             wanted.append(listed[CONFIG])
             _sweep(folder, {one.name for one in wanted})
         if CARD not in listed:
@@ -171,8 +175,11 @@ def _weights(hub: Hub, listed: dict[str, Remote], folder: Path) -> list[Remote]:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
-def _fetch(hub: Hub, wanted: list[Remote], folder: Path, quiet: bool) -> None:
-    """Every file to its place, if there is room for all. Says on Ctrl-C how far it came."""
+def _fetch(
+    hub: Hub, wanted: list[Remote], folder: Path, quiet: bool, hide: Callable[[], None] = lambda: None
+) -> None:  # fmt: skip
+    """Every file to its place, if there is room for all; `hide` is called before one changes that the model is made of.
+    Says on Ctrl-C how far it came."""
     parts = [one.partial(folder) for one in wanted]
     have = sum(part.stat().st_size for part in parts if part.exists())
     lacking = sum(one.size for one in wanted if not (folder / one.name).exists()) - have
@@ -184,7 +191,11 @@ def _fetch(hub: Hub, wanted: list[Remote], folder: Path, quiet: bool) -> None:
     with tqdm(total=total, initial=have, desc=hub.name, unit="B", unit_scale=True, disable=quiet) as bar:
         try:
             for remote in wanted:
-                os.replace(_verified(hub, remote, folder, bar), folder / remote.name)
+                found, place = _verified(hub, remote, folder, bar), folder / remote.name
+                if found != place:
+                    if not TEXTS.fullmatch(remote.path):
+                        hide()
+                    os.replace(found, place)
         except KeyboardInterrupt:
             done = f"{_size(bar.n)} of {_size(total)}"
             raise KeyboardInterrupt(f"{hub.name}: {done} are here; the same command goes on from there") from None

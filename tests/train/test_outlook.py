@@ -211,7 +211,7 @@ def test_tokens_have_a_vocabulary_already(text, known, tmp_path):
         ({"switches": {"engram_vocab_size": 0, "engram_layer_ids": [7]}}, "--engram-layers is for a memory, and"),
         ({"switches": {"engram_vocab_size": 1 << 40}}, "--engram-vocab-size 1099511627776: 4294967296 rows"),
         ({"mtp": 3_000_000}, "--mtp 3000000: 64 modules are the most"),
-        ({"width": 1 << 20, "layers": 99, "experts": 0}, r"GiB do not hold this training, which needs [\d.]+ GiB"),
+        ({"width": 1 << 20, "layers": 99, "experts": 0}, r"needs at least [\d.]+ GiB, and there are"),
     ],
 )
 def test_sizes_that_cannot_be_are_one_line(text, tmp_path, asked, words):

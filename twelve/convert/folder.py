@@ -248,7 +248,7 @@ def save(
     the old model, or the new weights under the old config: the new model whenever both configs are equal, as when a run
     saves over its own folder, else refused if a shape differs; or old weights beside a new table, which is refused if
     it has another identity. A full disk is an `InputError`, the folder as it was.
-    Files of other names stay.
+    Files of other names stay, but not another model's tokenizer or chat template.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():

@@ -16,7 +16,7 @@ from torch import Tensor
 from twelve.convert.gguf import ARRAY, CHUNK, SCALARS, STRING
 from twelve.convert.gguf_blocks import BlockType
 from twelve.errors import InputError
-from twelve.files import atomic_write
+from twelve.files import atomic_write, new_folders
 
 ALIGNMENT = 32
 UNSIGNED, SIGNED, FLOAT, BOOL = 4, 5, 6, 7  # value types: int32 is for arrays, as llama.cpp wants them
@@ -42,7 +42,7 @@ def write_gguf(path: str | Path, metadata: dict[str, Any], entries: list[Entry],
     metadata: bool, int (uint32), float (float32), str, or a list of one of them (int: int32). `InputError` for weights
     and values that their types cannot hold, and a full disk.
     """
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+    with new_folders(Path(path).parent), atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(_header(metadata, entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             _write(file, entry, tensor)

@@ -191,13 +191,16 @@ class Tally:
     kept: dict[str, list[int]] = field(default_factory=dict)  # language: documents, bytes
     dropped: dict[str, list[int]] = field(default_factory=dict)  # reason: documents, bytes
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by reason; "" has those that were kept
+    _next: tuple[str, int, str] | None = None  # the piece that belongs to the document counted last, and its reason
 
     def add(self, verdict: Verdict) -> None:
         size = len(verdict.text.encode())
         counts = self.dropped if verdict.reason else self.kept
         count = counts.setdefault(verdict.reason or verdict.language, [0, 0])
-        count[0] += 1
+        goes_on = (verdict.document.source, verdict.document.piece, verdict.reason)
+        count[0] += goes_on != self._next
         count[1] += size
+        self._next = (goes_on[0], goes_on[1] + 1, goes_on[2]) if verdict.document.more else None
         shown = self.examples.setdefault(verdict.reason, [])
         rank = zlib.crc32(verdict.text[:EXCERPT].encode())
         known = any(example["rank"] == rank for example in shown)

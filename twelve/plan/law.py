@@ -174,7 +174,8 @@ def _kind(row: Row) -> tuple:
 
 
 def best_settings(rows: Sequence[Row]) -> list[Row]:
-    """Of runs that differ in learning rate or batch only, the one that is lowest at the most tokens that all read."""
+    """Of runs that differ in learning rate, batch or the memory's rows only, the one that is lowest at the most tokens
+    that all read."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in ("width", "layers", "experts", "vocabulary")), []).append(row)

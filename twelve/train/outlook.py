@@ -178,9 +178,18 @@ def fitting_micro_batch(config: ModelConfig, batch: int, context: int, memory: i
     return micro
 
 
-def free(device: torch.device) -> int | None:
-    """Bytes that a training may take where no limit is named; None where the device is asked only later."""
-    return int(FREE * heap.memory()[1]) if device.type == "cpu" else None
+def require_room(config: ModelConfig, context: int, device: torch.device) -> None:
+    """InputError for a training of which not even one row at a time fits into the device. An Engram table may be larger
+    than the memory."""
+    if device.type not in ("cpu", "cuda"):
+        return
+    there = heap.memory()[0] if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+    needed = sum(size for part, size in training(config, 1, context).items() if part != "table")
+    if needed > there:
+        raise InputError(
+            f"this training needs at least {needed / 2**30:.2f} GiB, and there are {there / 2**30:.2f}: take a smaller "
+            "model, or a shorter --context"
+        )
 
 
 def _machine(device: torch.device) -> tuple[Machine, float]:

@@ -20,7 +20,7 @@ from twelve.plan.cost import drawn
 from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
-from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch, free
+from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch, require_room
 from twelve.train.plan import Plan, describe
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
@@ -105,11 +105,12 @@ def pretrain(
                 if context is not None and context > most:
                     raise InputError(f"--context {context}: {start} reads {most} tokens at most")
                 length = min(length, most)
+            if memory is None:
+                require_room(config, length, target)
             plan = Plan(
                 stage="pretrain", options=options, config=config.to_dict(), data=describe(data), context=length,
                 batch_size=rows, learning_rate=sizes["learning_rate"], seed=seed,
-                micro_batch_size=micro
-                or fitting_micro_batch(config, rows, length, memory or free(target), data.tokens),
+                micro_batch_size=micro or fitting_micro_batch(config, rows, length, memory, data.tokens),
                 threads=torch.get_num_threads(), precision=pick_precision(target), muon=muon,
                 betas=BETAS, drawn=drawn(config.vocab_size) if target.type == "cpu" else 0,
                 compile=compiles(target, minutes) if compile is None else compile, outlook=chosen,
