@@ -247,8 +247,9 @@ def _write_report(
             report.curve("Right answers by level, greedy", by_level, x_label="level"),
             report.text(
                 f"The level is the number of calculations in a problem. The cold start saw problems of up to "
-                f"{LEVELS[-1]} steps solved, and harder ones broken off. No calculation that is asked here was in any "
-                f"training, in either language or task. Control: {CONTROL}. One run, one seed: bench/reasoning.py "
+                f"{LEVELS[-1]} steps solved, and harder ones broken off. No whole calculation that is asked here from "
+                "level 3 on was in any training, in either language or task; shorter ones may be the beginning of one "
+                f"that was broken off. Control: {CONTROL}. One run, one seed: bench/reasoning.py "
                 "repeats it. This accuracy says nothing about other kinds of reasoning."
             ),
         ]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,13 @@ def render_own(messages: list[Message]) -> str:
     return _compiled(TEMPLATE).render(messages=check_messages(messages), add_generation_prompt=False)
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: list[Message], **variables: Any) -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, messages: list[Message], check: Callable[[str], None] = lambda text: None, **variables: Any
+) -> list[int]:  # fmt: skip
     """Token ids that ask for the next answer. Control tokens spelled out in a message stay plain text: a user cannot
-    forge the end of a turn."""
+    forge the end of a turn. `check` sees the whole text first, and may refuse it."""
     text = _render(tokenizer, _guarded(tokenizer, check_messages(messages)), True, variables)
+    check(text)
     return [token for part in text.split(GUARD) for token in tokenizer.encode(part)]
 
 
@@ -219,5 +223,5 @@ def _guarded(tokenizer: Tokenizer, value: Any) -> Any:
     if isinstance(value, list):
         return [_guarded(tokenizer, item) for item in value]
     if isinstance(value, dict):
-        return {key: _guarded(tokenizer, item) for key, item in value.items()}
+        return {_guarded(tokenizer, key): _guarded(tokenizer, item) for key, item in value.items()}
     return value

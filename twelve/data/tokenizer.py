@@ -203,6 +203,11 @@ class Tokenizer:
         """Token ids; nothing is added at either end. Half a surrogate pair, which is no character, becomes U+FFFD."""
         return self._reader(control).encode(valid(text), add_special_tokens=False).ids
 
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._bytes.values()), default=1) or 1
+
     def encode_batch(self, texts: Sequence[str], control: bool = True) -> list[list[int]]:
         """`encode` for many texts, on all cores (RAYON_NUM_THREADS limits them)."""
         batch = [valid(text) for text in texts]

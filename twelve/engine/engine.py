@@ -163,11 +163,19 @@ class Engine:
                 "answer: shorten the prompt"
             )
         self._check_ids(request.prompt_ids)
-        room = min(self.context, max(prompt + 1, self.pool.count * PAGE))  # where nothing is said of the length
-        limit = room if request.max_tokens is None else min(prompt + request.max_tokens, self.context)
+        limit = self._room(prompt) if request.max_tokens is None else min(prompt + request.max_tokens, self.context)
         self._check_memory(limit)
         stop_ids = self.tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
         return Sequence(request, limit, stop_ids, self._piece, streamed)
+
+    def _room(self, prompt: int) -> int:
+        """Tokens that a sequence may have where nothing is said of its length: as many as context and memory hold."""
+        return min(self.context, max(prompt + 1, self.pool.count * PAGE))
+
+    def fitting(self, prompt_ids: list[int], max_tokens: int | None) -> int | None:
+        """`max_tokens`, or as many as there is room for after this prompt, if that is fewer."""
+        room = self._room(len(prompt_ids)) - len(prompt_ids)
+        return max_tokens if max_tokens is None or room < 1 else min(max_tokens, room)
 
     def _check_ids(self, ids: list[int]) -> None:
         known = self.model.config.vocab_size

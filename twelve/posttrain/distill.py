@@ -133,8 +133,10 @@ def _check(stages: list[Stage], options: dict[str, Any]) -> None:
     endpoints = [name for name in named if is_endpoint(name)]
     if endpoints and how != "traces":
         raise InputError(f"{endpoints[0]} gives text, not probabilities: use --how traces, or a model folder")
-    for name in {*named} - {*endpoints}:
+    for name in {*named, *([first.student] if first.student is not None else [])} - {*endpoints}:
         convert.resolve(name)
+    if first.student is not None and options["width"] is not None:
+        raise InputError("--width is for a fresh student, and --student names one that exists: leave one out")
     if how == "logits" and len(named) > 1:
         raise InputError("--how logits takes one teacher: use on-policy, which mixes several, or traces")
     if first.student is None:

@@ -20,6 +20,7 @@ from twelve.evaluate.accuracy import asked
 from twelve.files import FolderLock, read_json, write_json
 from twelve.model import count_parameters
 from twelve.posttrain.curriculum import Cell
+from twelve.posttrain.grpo import Objective
 from twelve.posttrain.judge import Judge, open_judge
 from twelve.posttrain.recipe_report import card, figures, measure, publish, write_report
 from twelve.posttrain.rl import ADAPTERS_FROM, MAX_TOKENS, MINUTES, RANK, cells_of, rl
@@ -93,6 +94,9 @@ def follow(
     }  # fmt: skip
     if files := tasks.fingerprints(options["task"]):
         options["task_sha256"] = files
+    if reinforcement.get("group", 2) < 2:
+        raise InputError("a group of one answer has nothing to compare: ask for --group 2 or more")
+    Objective(**{name: value for name, value in reinforcement.items() if name in Objective.__dataclass_fields__})
     stages = _stages(options)
     cells = cells_of(task, level, language)
     source, folder = convert.resolve(model), Path(out)

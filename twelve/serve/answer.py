@@ -34,8 +34,9 @@ class Answer:
     """One choice of a chat completion while it is made."""
 
     def __init__(self, engine: Engine, prompt: Prompt, chat: ChatRequest, index: int):
+        most = engine.fitting(prompt.ids, chat.max_tokens)
         request = Request(
-            prompt.ids, chat.max_tokens, chat.temperature, chat.top_p, sub_seed(chat.seed, index), chat.stop,
+            prompt.ids, most, chat.temperature, chat.top_p, sub_seed(chat.seed, index), chat.stop,
             logprobs=chat.logprobs, memory_gates=chat.memory_gates,
         )  # fmt: skip
         self.index = index
@@ -212,5 +213,5 @@ def server_error(error: Exception) -> ApiError:
     """What the client may know of a failure. The log gets the place, not the message, which may quote the request."""
     if isinstance(error, InputError):
         return ApiError(500, str(error))
-    log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)).rstrip())
+    log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)[-20:]).rstrip())
     return ApiError(500, "the server failed; its log says where")

@@ -25,6 +25,7 @@ from twelve.serve.conversation import read_prompt
 from twelve.serve.protocol import ApiError
 from twelve.serve.web import OwnPagesOnly, page
 
+BODY_SECONDS = 30  # for all of a body to come
 MAX_BODY_BYTES = 8 * 2**20  # a prompt of about two million tokens
 # Answers that are being made or wait, n of a request: each holds a thread and its prompt. Four times as many as the
 # engine runs together, and twice what one of OpenAI's clients asks at a time: more would wait longer than clients do.
@@ -151,12 +152,14 @@ class Api:
             raise ApiError(400, "memory_gates: this model has no memory", "memory_gates", "unsupported_parameter")
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.card["id"]}
         try:
-            prompt = await asyncio.to_thread(read_prompt, self.engine.tokenizer, chat.messages)
+            prompt = await asyncio.to_thread(read_prompt, self.engine, chat.messages)
             answers = [Answer(self.engine, prompt, chat, index) for index in range(chat.n)]
         except ContextLengthError as error:
             raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
         except InputError as error:
             raise ApiError(400, str(error), "messages") from None
+        except RecursionError:
+            raise ApiError(400, "messages are nested too deeply", "messages") from None
         if chat.stream:
             return EventStream(stream_events(head, chat, answers), places.pop_all())
         body = await unless_gone(http, whole_answer(head, answers))
@@ -205,10 +208,13 @@ async def read_body(http: Request) -> bytes:
         raise too_large
     body = bytearray()
     try:
-        async for part in http.stream():
-            body += part
-            if len(body) > MAX_BODY_BYTES:
-                raise too_large
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http.stream():
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise too_large
+    except TimeoutError:  # it holds a place
+        raise ApiError(408, f"the body did not come within {BODY_SECONDS} s", code="request_timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "the client went away") from None
     return bytes(body)

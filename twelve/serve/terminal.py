@@ -1,5 +1,6 @@
 """The model in a terminal: a conversation, or a text continued."""
 
+import io
 import json
 import os
 import secrets
@@ -38,6 +39,7 @@ def chat(
     With `as_json` every answer is one line with a JSON object. The reasoning is dimmed; where standard output is no
     terminal it goes to standard error, so that a pipe gets the answer. A model without a chat template continues text.
     """
+    write_anything()
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     start = [{"role": "system", "content": system}] if system else []
     if not sys.stdin.isatty():
@@ -91,6 +93,9 @@ def generate(
 
     With `as_json` every sample is one line with a JSON object, and names the seed that gives it again.
     """
+    write_anything()
+    if "" in stop:
+        raise InputError("--stop '': an empty text is found everywhere: name one, or leave it out")
     text = read_stdin() if prompt == "-" else prompt
     seed = secrets.randbits(32) if seed is None else seed
     ids = plain_prompt(engine.tokenizer, text)
@@ -131,7 +136,8 @@ def answer(engine: Engine, messages: list[dict], options: dict, as_json: bool) -
 
 def reply_to(engine: Engine, messages: list[dict], options: dict, say: Say) -> Reply:
     """Ask the engine and pass on what it says, until it ends or Ctrl-C."""
-    prompt = read_prompt(engine.tokenizer, messages)
+    prompt = read_prompt(engine, messages)
+    options = options | {"max_tokens": engine.fitting(prompt.ids, options["max_tokens"])}
     splitter, reply = prompt.splitter(), Reply(prompt_tokens=len(prompt.ids))
     first: float | None = None
 
@@ -194,6 +200,13 @@ def read_stdin() -> str:
 def has_colour(stream) -> bool:
     """See no-color.org."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def write_anything() -> None:
+    """From now on a character that the terminal's encoding lacks is a question mark, and no answer is lost for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def write(text: str) -> None:

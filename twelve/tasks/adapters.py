@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from twelve.data.sample import valid
 from twelve.errors import InputError
 from twelve.tasks.problem import LANGUAGES, Problem
 from twelve.tasks.verify import answer_score, final_answer
@@ -145,7 +146,7 @@ def _rows(path: Path, name: str) -> list[Problem]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} line {number} is not JSON: {error}") from None
         rows.append(_row(row, name, f"{path} line {number}"))
     if not rows:
@@ -156,7 +157,7 @@ def _rows(path: Path, name: str) -> list[Problem]:
 def _row(row: Any, name: str, place: str) -> Problem:
     row = row if isinstance(row, dict) else {}
     asked = [row.get("Body"), row.get("Question") or row.get("question") or row.get("problem") or row.get("prompt")]
-    question = " ".join(part.strip() for part in asked if isinstance(part, str))
+    question = valid(" ".join(part.strip() for part in asked if isinstance(part, str)))
     answer, steps = row.get("answer", row.get("Answer")), str(row.get("solution") or "")
     if isinstance(answer, str) and "####" in answer:
         steps, _, answer = answer.rpartition("####")
@@ -166,7 +167,7 @@ def _row(row: Any, name: str, place: str) -> Problem:
         raise InputError(f"{place} has no question with an answer: it needs 'question' and 'answer'")
     if isinstance(answer, float) and not math.isfinite(answer):
         raise InputError(f"{place}: the answer is no number")
-    told = str(answer).strip()
+    told = valid(str(answer).strip())
     told = re.sub(r"(?<=[0-9])\.0+$", "", told)  # SVAMP writes 51.0
     language = "ko" if re.search("[가-힣]", question) else "en"
     steps = re.sub("<<[^<>]*>>", "", steps).strip()

@@ -63,6 +63,13 @@ def functions(path: str) -> dict[str, Callable]:
         languages = list(getattr(module, "LANGUAGES", LANGUAGES if "language" in wanted else ()))
         if unknown := [language for language in languages if language not in LANGUAGES]:
             raise InputError(f"{path}: LANGUAGES has {unknown[0]!r}; there are: {', '.join(LANGUAGES)}")
+        if not isinstance(getattr(module, "SYSTEM", None), str | None):
+            raise InputError(f"{path}: SYSTEM must be text")
+        most = getattr(module, "MAX_TOKENS", None)
+        if most is not None and (type(most) is not int or most < 1):
+            raise InputError(f"{path}: MAX_TOKENS must be a whole number from 1 on")
+        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in getattr(module, "EXAMPLES", ())):
+            raise InputError(f"{path}: EXAMPLES must be pairs of a question and its answer")
         languages = languages or [generate(0, levels[0], "en")["language"]]
         return {
             "levels": levels, "languages": languages, "system": getattr(module, "SYSTEM", None),

@@ -249,8 +249,9 @@ class Supervised(Trainer):
         # what a row moves by falls with every look at it (Adagrad): a table needs no decay besides
         figures["grad_norm"] = self.update(rate, figures["loss"], table_rate=plan.learning_rate)
         if loads:
+            still = decaying or plan.options.get("lora")  # then only adapters are trained
             for router, load in zip(self.routers, loads, strict=True):
-                router.update_bias(load, 0.0 if decaying else plan.bias_update_speed)
+                router.update_bias(load, 0.0 if still else plan.bias_update_speed)
             figures["max_violation"] = max((load.max() / load.float().mean() - 1).item() for load in loads)
         self.step += 1
         self.tokens += batch.ids.numel()

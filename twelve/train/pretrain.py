@@ -64,8 +64,9 @@ def pretrain(
     if start is not None:
         _check_start(options, out)
     holds_tokens(paths, tokenizer=tokenizer, vocab_size=vocab_size, filter=filter)
-    if experts and experts_per_token and experts_per_token > experts:
-        raise InputError(f"--experts-per-token {experts_per_token}: there are {experts} experts in a layer")
+    there = DEFAULTS["experts"] if experts is None else experts
+    if start is None and experts_per_token is not None and experts_per_token > there:
+        raise InputError(f"--experts-per-token {experts_per_token}: there are {there} experts in a layer")
     of_memory = [key for key in switches or () if key.startswith("engram_") and key != "engram_vocab_size"]
     if of_memory and switches.get("engram_vocab_size") == 0:
         option = _option(of_memory[0])

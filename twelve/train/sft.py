@@ -72,6 +72,8 @@ def sft(
         tokenize(paths, shards, words, progress=not quiet)
         data = PackedData(shards)
         row = min(context, config.max_position_embeddings)
+        if not any((data.batch(number, 1, row, seed).targets >= 0).any() for number in range(data.windows(row))):
+            raise InputError(f"no word of an assistant lies within the first {row} tokens: ask for a larger --context")
         epoch_steps = -(-data.windows(row) // batch)
         if plan is None:
             plan = Plan(
