@@ -70,6 +70,7 @@ def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespa
     from twelve.convert import load
     from twelve.convert.resize import resize
     from twelve.model import Transformer, count_parameters
+    from twelve.train.pretrain import reading_order
 
     teacher, words = load(teacher_of(arm, seed, options), device="cpu")
     began = time.monotonic()
@@ -80,12 +81,14 @@ def run(arm: str, way: str, minutes: float, seed: int, options: argparse.Namespa
         model.memory.use_tokenizer(words)
     figures["start"] = runs.bits_of(model, words, options.held_out, options.context, options.limit)
     rate = options.learning_rate if way == "fresh" else options.resized_rate
-    return figures | count_parameters(model.config) | train(model, minutes, seed, rate, options)
+    order = reading_order(seed, None if way == "fresh" else "the teacher")  # as `pretrain --from`
+    return figures | count_parameters(model.config) | train(model, minutes, seed, rate, options, order=order)
 
 
 def train(
-    model, minutes: float, seed: int, rate: float, options: argparse.Namespace, place: Path | None = None
-) -> runs.Row:
+    model, minutes: float, seed: int, rate: float, options: argparse.Namespace, place: Path | None = None,
+    order: int | None = None,
+) -> runs.Row:  # fmt: skip
     """Train `model` for that time, and save it in `place`: marks on the way, and what it measures at the end."""
     import torch
 
@@ -102,7 +105,7 @@ def train(
     spent, marks = 0.0, []
     with tempfile.TemporaryDirectory() as folder:
         trainer = runs.pretraining(model, data, Path(folder), context=options.context, batch=options.batch,
-                                   learning_rate=rate, seed=seed)  # fmt: skip
+                                   learning_rate=rate, seed=seed, order=order)  # fmt: skip
         for spent, falling, _ in runs.timed_steps(trainer, 60 * minutes, time.process_time):
             if spent // options.mark > len(marks):
                 marks.append({"seconds": spent, "tokens": trainer.tokens, "falling": falling} | measure())
@@ -126,7 +129,7 @@ def main() -> None:
                         help="of a resized model's runs; the last also of a fresh one's (0.75 1.5 3 6)")  # fmt: skip
     parser.add_argument("--mark", type=float, default=20, help="seconds of training between measurements")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="default: 4e-3")
-    parser.add_argument("--resized-rate", type=float, default=4e-3, help="the resized model's (default: 4e-3)")
+    parser.add_argument("--resized-rate", type=float, default=1e-3, help="the resized model's (default: 1e-3)")
     for name, value in {"width": 128, "layers": 8, "experts": 8, "experts-per-token": 2, "context": 256,
                         "batch": 16, "vocab-size": 4096}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")

@@ -196,9 +196,10 @@ def with_tokenizer(config, words: Tokenizer):
 
 def pretraining(
     model, data: PackedData, folder: Path, *, context: int, batch: int, learning_rate: float, seed: int,
-    threads: int = 1, precision: str = "float32", **plan: Any,
+    threads: int = 1, precision: str = "float32", order: int | None = None, **plan: Any,
 ):  # fmt: skip
-    """A trainer as `pretrain` has it, step by step under the caller's hand; its files would lie in `folder`."""
+    """A trainer as `pretrain` has it, step by step under the caller's hand; its files would lie in `folder`. order: the
+    seed by which text is read, where it is another."""
     from twelve.plan.cost import drawn
     from twelve.train.loop import Supervised
     from twelve.train.plan import Plan, describe
@@ -211,7 +212,8 @@ def pretraining(
         drawn=drawn(model.config.vocab_size) if model.device.type == "cpu" else 0,
     )  # fmt: skip
     (folder / "training").mkdir()
-    return Supervised(model, lambda step: data.batch(step, batch, context, seed), made, folder)
+    order = seed if order is None else order
+    return Supervised(model, lambda step: data.batch(step, batch, context, order), made, folder)
 
 
 def timed_steps(trainer, seconds: float, clock: Callable[[], float]) -> Iterator[tuple[float, bool, dict[str, float]]]:

@@ -1,5 +1,6 @@
 """Conversations: the template, the mask of what the assistant says, reasoning told from answer."""
 
+from copy import copy
 from itertools import pairwise
 
 import pytest
@@ -106,6 +107,12 @@ def test_control_tokens_in_a_message_stay_text(tokenizer):
     ids, mask = encode_messages(tokenizer, [forged, {"role": "assistant", "content": "<|endoftext|>"}])
     assert [token for token in ids if token < 3] == [1, 2, 1, 2]
     assert sum(mask) == len(tokenizer.encode("<|endoftext|>", control=False)) + 1
+
+
+def test_control_tokens_in_the_names_of_fields_stay_text(tokenizer):
+    other = copy(tokenizer)
+    other.chat_template = "{{ messages[0].calls | tojson }}"
+    assert not [token for token in encode_prompt(other, [QUESTION | {"calls": {"<|im_end|>": "x"}}]) if token < 3]
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------

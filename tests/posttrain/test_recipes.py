@@ -293,6 +293,8 @@ def test_killed_before_it_was_measured_or_published(room, tmp_path, monkeypatch)
         ({"judge": "http://127.0.0.1:9/v1", "judge_prompts": "talk.jsonl"}, "talk.jsonl:1: the last message must be"),
         ({"judge": "http://127.0.0.1:9/v1", "judge_prompts": "bad.jsonl"}, "bad.jsonl:1: not a prompt"),
         ({"steps": 3}, "--steps 3: --recipe r1 has 4 stages"),
+        ({"group": 1}, "a group of one answer has nothing to compare"),
+        ({"loss": "tokens"}, "loss 'tokens' is not one of token, sequence, constant"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(room, tmp_path, monkeypatch, options, words):

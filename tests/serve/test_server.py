@@ -328,6 +328,41 @@ def test_a_prompt_longer_than_the_context(dreamer, stream):
     assert "tokens" in caught.value.message and "context of 256" in caught.value.message
 
 
+def test_a_book_is_refused_before_it_is_encoded(dreamer, monkeypatch):
+    def encode(*given, **more):
+        raise AssertionError("a megabyte was encoded")
+
+    monkeypatch.setattr("twelve.data.tokenizer.Tokenizer.encode", encode)
+    answer = post(dreamer, messages=[{"role": "user", "content": "hello world " * 90_000}])
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_messages_that_are_nested_too_deeply(thinker, monkeypatch):
+    def fail(*given):
+        raise RecursionError
+
+    monkeypatch.setattr(server, "read_prompt", fail)
+    answer = post(thinker)
+    assert answer.status_code == 400 and "nested too deeply" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(thinker, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+    host, port = thinker.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as half:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert half.recv(1000).startswith(b"HTTP/1.1 408")
+    assert post(thinker).status_code == 200
+
+
+def test_a_small_memory_shortens_answers(tokenizer):
+    model = Transformer(small_v3(tokenizer.vocab_size, 64, 1, 0, context=256)).init_weights(0)
+    engine = Engine(model, tokenizer)
+    with serving(Engine(model, tokenizer, kv_memory=engine._page_bytes)) as url:
+        answer = post(url, max_tokens=2048)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["finish_reason"] == "length"
+
+
 def test_unknown_routes_and_wrong_methods(thinker):
     for method, path, status in (
         ("GET", "/v1/nothing", 404), ("POST", "/v1/completions", 404), ("GET", "/v1/chat/completions", 405),

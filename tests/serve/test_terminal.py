@@ -142,6 +142,8 @@ def test_generate_prints_the_continuation(engine, capsys, monkeypatch):
     terminal.generate(engine, "The ship", stop=["입니다"])
     assert capsys.readouterr().out == "<think>배를 센다.</think>\n\n열두 척\n"
     monkeypatch.setattr("sys.stdin", Piped(b"The ship"))
+    with pytest.raises(InputError, match="--stop '': an empty text"):
+        terminal.generate(engine, "The ship", stop=[""])
     terminal.generate(engine, "-", n=2)
     assert capsys.readouterr().out == f"{TEXT}\n\n---\n{TEXT}\n"
 

@@ -98,6 +98,19 @@ def test_shapes_of_generate_without_a_scorer(write, generate):
     assert tasks.score_all([problem] * 4, ["3", "#### 3", "\\boxed{3.0}", "<answer>4</answer>"]) == [0, 1, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("MAX_TOKENS = '64'", "MAX_TOKENS must be a whole number"), ("MAX_TOKENS = -3", "MAX_TOKENS must be"),
+        ("MAX_TOKENS = 2.5", "MAX_TOKENS must be"), ("SYSTEM = 5", "SYSTEM must be text"),
+        ("EXAMPLES = [('a', 'b', 'c')]", "EXAMPLES must be pairs"),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_itself_is_checked(write, line, words):
+    with pytest.raises(InputError, match=f"mine.py: {words}"):
+        tasks.get(write(f"{line}\ndef generate(seed): return {{'question': f'{{seed}}?', 'answer': 3}}"))
+
+
 def test_the_language_is_seen_where_none_is_told(write):
     name = write("def generate(seed): return {'question': f'{seed} 더하기 1은?', 'answer': seed + 1}")
     assert tasks.get(name).LANGUAGES == ("ko",)

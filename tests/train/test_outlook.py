@@ -13,6 +13,7 @@ from twelve.config import small_v3, with_memory
 from twelve.convert import save
 from twelve.convert.gguf_export import export
 from twelve.data.corpus import tokenize
+from twelve.data.shards import PackedData
 from twelve.data.survey import survey
 from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
@@ -111,6 +112,20 @@ def test_pretraining_without_sizes_takes_the_plans_and_a_resume_keeps_them(text,
     pretrain([text], tmp_path / "part", **ASKED)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_model_that_is_trained_already_reads_otherwise_and_more_slowly(text, tmp_path, monkeypatch):
+    sizes = {"width": 64, "layers": 1, "experts": 0, "vocab_size": 300}
+    common = {"steps": 1, "context": 32, "batch": 2, "quiet": True}
+    seen = []
+    batch = PackedData.batch
+    monkeypatch.setattr(PackedData, "batch", lambda *given: seen.append(given[1:]) or batch(*given))
+    pretrain([text], tmp_path / "a", **sizes, **common)
+    pretrain([text], tmp_path / "b", start=tmp_path / "a", **common)
+    made = [json.loads((tmp_path / name / "training" / "plan.json").read_text()) for name in "ab"]
+    assert [plan["learning_rate"] for plan in made] == [4e-3, 1e-3] and [plan["seed"] for plan in made] == [0, 0]
+    orders = [order for _, _, _, order in seen]
+    assert orders[0] == 0 and orders[-1] != 0
 
 
 def test_sizes_that_are_given_need_no_plan(text, tmp_path, monkeypatch):

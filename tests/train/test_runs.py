@@ -201,6 +201,18 @@ def test_fine_tuning_continues_a_model(finished, conversations, tmp_path):
     assert not torch.equal(before.norm.weight, after.norm.weight)
 
 
+def test_without_a_word_of_the_assistant_nothing_is_trained(finished, conversations, tmp_path):
+    with pytest.raises(InputError, match="no word of an assistant lies within the first 4 tokens"):
+        sft(finished[1], [conversations], tmp_path / "out", steps=1, context=4, quiet=True)
+
+
+def test_adapters_leave_the_routers_alone(finished, conversations, tmp_path):
+    sft(finished[1], [conversations], tmp_path / "out", steps=3, batch=4, context=48, lora=2, quiet=True)
+    before, after = (twelve.load(path)[0].state_dict() for path in (finished[1], tmp_path / "out"))
+    biases = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert biases and all(torch.equal(before[name], after[name]) for name in biases)
+
+
 def test_fine_tuning_over_its_own_model_is_refused(finished, conversations):
     with pytest.raises(InputError, match="model to start from"):
         sft(finished[1], [conversations], finished[1], steps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -26,6 +27,7 @@ from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
 
 BETAS = (0.8, 0.995)  # of AdamW (docs/lab.md)
+LATER_RATE = 1e-3  # of a model that is trained already: the rate of a fresh one undoes what it knows (docs/lab.md)
 # of what neither the user nor a plan chose
 DEFAULTS = {
     "width": 256, "layers": 4, "experts": 8, "experts_per_token": 2, "context": 512, "batch": 8, "learning_rate": 4e-3,
@@ -89,7 +91,8 @@ def pretrain(
         if start is not None and words.fingerprint != known.fingerprint:
             raise InputError(f"{shards} was made with another tokenizer than {start} has: name the text itself")
         if plan is None:
-            sizes = {name: _first(options[name], chosen.get(name), default) for name, default in DEFAULTS.items()}
+            defaults = DEFAULTS | ({} if start is None else {"learning_rate": LATER_RATE})
+            sizes = {name: _first(options[name], chosen.get(name), default) for name, default in defaults.items()}
             rows, length = sizes["batch"], sizes["context"]
             shape = (sizes[name] for name in ("width", "layers", "experts", "experts_per_token", "context"))
             micro = chosen.get("micro_batch")
@@ -119,10 +122,11 @@ def pretrain(
             if chosen:
                 plan.most_steps = max(1, EPOCHS * data.tokens // (rows * length))
         plan.check_data(data, folder)
+        order = reading_order(plan.seed, start)
         config = ModelConfig(**plan.config)
 
         def batches(step: int):
-            return data.batch(step, plan.batch_size, plan.context, plan.seed)
+            return data.batch(step, plan.batch_size, plan.context, order)
 
         def about(figures: dict[str, Any]) -> dict[str, Any]:
             return _about(plan, figures) | {"languages": spoken(batches, words)}
@@ -141,6 +145,12 @@ def pretrain(
         return Prepared(plan, make_trainer, words, about, chats, epoch_steps)
 
     return run("pretrain", out, options, prepare, minutes, steps, started, quiet)
+
+
+def reading_order(seed: int, start: str | Path | None) -> int:
+    """The seed by which text is read. A model to start from may have read it in the order of the same seed, and learns
+    nothing from what it knows by heart: it gets another."""
+    return seed if start is None else crc32(f"{seed} once more".encode())
 
 
 def _check_start(options: dict[str, Any], out: str | Path) -> None:
