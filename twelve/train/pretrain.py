@@ -67,7 +67,7 @@ def pretrain(
         _check_start(options, out)
     holds_tokens(paths, tokenizer=tokenizer, vocab_size=vocab_size, filter=filter)
     there = DEFAULTS["experts"] if experts is None else experts
-    if start is None and experts_per_token is not None and experts_per_token > there:
+    if start is None and there and experts_per_token is not None and experts_per_token > there:
         raise InputError(f"--experts-per-token {experts_per_token}: there are {there} experts in a layer")
     of_memory = [key for key in switches or () if key.startswith("engram_") and key != "engram_vocab_size"]
     if of_memory and switches.get("engram_vocab_size") == 0:
