@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from dataclasses import replace
 from itertools import product
@@ -74,10 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     runs.add_options(parser, "runs/recipe")
     options = parser.parse_args()
-    if job := options.one:
-        with tempfile.TemporaryDirectory(dir=options.out) as folder:
-            found = run(job, options, Path(folder))
-        runs.add_row(options.out, job | found)
+    if runs.is_one(options, run):
         return
     told = {"data": prepare(options)[:16], "steps": options.steps}
     jobs = [{"arm": name, "changes": changes, "seed": seed} | told

@@ -77,6 +77,16 @@ def add_row(out: Path, row: Row) -> None:
         file.write(line)  # at once: other runs may end now, too
 
 
+def is_one(options: argparse.Namespace, run: Callable[[Job, argparse.Namespace, Path], Row]) -> bool:
+    """Whether this process is one run (--one), which is then done in a folder of its own, and its row added."""
+    if (job := options.one) is None:
+        return False
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        found = run(job, options, Path(folder))
+    add_row(options.out, job | found)
+    return True
+
+
 def row_of(job: Job, rows: Iterable[Row]) -> Row | None:
     """The row that this job left, if it has run."""
     return next((row for row in rows if job.items() <= row.items()), None)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable
 from itertools import product
@@ -158,10 +157,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="how well the law tells of runs that were left out")
     runs.add_options(parser, "runs/scaling", workers=1)
     options = parser.parse_args()
-    if job := options.one:
-        with tempfile.TemporaryDirectory(dir=options.out) as folder:
-            found = run(job, options, Path(folder))
-        runs.add_row(options.out, job | found)
+    if runs.is_one(options, run):
         return
     failed = []
     if options.export:

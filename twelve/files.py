@@ -73,6 +73,15 @@ def check_name(path: str | Path) -> None:
         raise InputError(f"{name!r}: a file's name must be UTF-8: rename it (convmv does whole folders)") from error
 
 
+def valid(text: str) -> str:
+    """The text as UTF-8 can hold it: with U+FFFD for half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as readable UTF-8 JSON, atomically."""
     text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"

@@ -31,10 +31,9 @@ from twelve.data.dedup import NONE, Seen, Signatures, shingles, sign
 from twelve.data.language import LANGUAGES, languages
 from twelve.data.quality import judge
 from twelve.data.reader import Document, batches
-from twelve.data.sample import valid
 from twelve.data.words import read_words
 from twelve.errors import InputError
-from twelve.files import atomic_write
+from twelve.files import atomic_write, valid
 
 RULES_VERSION = 2  # of what is kept; shards made under others are made anew
 SAID = ("reasoning_content", "content", "tool_calls")  # of a message

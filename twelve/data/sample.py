@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 from tqdm import tqdm
 
+from twelve.files import valid
+
 PIECE = 1 << 14  # characters; the unit of sampling
 
 
@@ -41,15 +43,6 @@ def sample(texts: Iterable[str], limit: int, outside: Collection[str] = (), prog
 def _pieces(text: str, divider: re.Pattern[str]) -> Iterator[str]:
     for part in divider.split(text):
         yield from (part[at : at + PIECE] for at in range(0, len(part), PIECE))
-
-
-def valid(text: str) -> str:
-    """The text, with U+FFFD for half a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def any_of(words: Collection[str]) -> re.Pattern[str]:

@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from twelve.data.chat import TEMPLATE
-from twelve.data.sample import any_of, sample, valid
+from twelve.data.sample import any_of, sample
 from twelve.errors import InputError
-from twelve.files import atomic_write, read_json, write_json
+from twelve.files import atomic_write, read_json, valid, write_json
 
 END_OF_TEXT, TURN_START, TURN_END = CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # never shown as text
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # one token each, and part of the text

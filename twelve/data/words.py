@@ -15,7 +15,7 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from twelve.data.sample import valid
+from twelve.files import valid
 
 SPACE, LINE, DIGIT, LATIN, HANGUL, RARE, HAN, KANA, LETTER, PUNCTUATION, SYMBOL, MARKUP, BROKEN = range(13)
 COUNT = 13  # of kinds; those from DIGIT to LETTER make up words

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from twelve.data.reader import read_objects
-from twelve.data.sample import valid
 from twelve.errors import InputError
+from twelve.files import valid
 
 PROMPTS, ANSWERS = ("prompt", "context", "question"), ("answer", "label", "gold")
 ENDINGS, ALTERNATIVES = tuple(f"ending_{n}" for n in range(1, 5)), ("alternative_1", "alternative_2")

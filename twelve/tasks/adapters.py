@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from twelve.data.sample import valid
 from twelve.errors import InputError
+from twelve.files import valid
 from twelve.tasks.problem import LANGUAGES, Problem
 from twelve.tasks.verify import answer_score, final_answer
 from twelve.tasks.worker import Reply, Worker
