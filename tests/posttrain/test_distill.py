@@ -202,6 +202,14 @@ def test_another_tokenizer_learns_from_traces_but_not_from_logits(room, tmp_path
         assert not (tmp_path / how).exists()
 
 
+def test_an_error_before_any_work_does_not_hold_the_folder(room, tmp_path):
+    """It was found by the stage, after the folder had its options: the mended command may be another."""
+    teacher, ask = str(room / "teacher"), {**SHORT, "how": "on-policy", "layers": [1], "task": [str(room / "ships.py")]}
+    with pytest.raises(InputError, match="6 answers a step are not a multiple"):
+        distill([teacher], tmp_path / "out", **ask | {"batch": 6})
+    assert distill([teacher], tmp_path / "out", **ask | {"batch": 8})["stages"][0]["steps"] == SHORT["steps"]
+
+
 KILLED = """
 import sys, torch, time
 torch.set_num_threads(1)

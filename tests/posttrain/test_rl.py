@@ -280,6 +280,11 @@ def test_a_judges_prompts_count_in_the_memory(base, task, tmp_path, monkeypatch)
     assert events[0] > 5 * 40 / 4 and events[1:] == ["back", "answers"]
 
 
+def test_a_run_without_time_for_a_step_says_so(base, task, tmp_path):
+    result = rl(base, tmp_path / "run", [task], minutes=0.001, **SMALL)
+    assert result["steps"] == 0 and "no time for a step" in result["ended"] and "fewer --problems" in result["ended"]
+
+
 def test_nothing_to_compare_ends_it_too(base, tmp_path, monkeypatch):
     monkeypatch.setattr(reinforcement, "IDLE", 3)
     path = tmp_path / "never.py"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,12 @@ def distill(
             if not quiet:
                 print(f"stage {number + 1} of {len(stages)}: {how}, into {stage.folder}", flush=True)
             share = minutes and minutes / len(stages)
-            done.append(_run(stage, cells, options, share, began if number == 0 else time.monotonic(), quiet))
+            try:
+                done.append(_run(stage, cells, options, share, began if number == 0 else time.monotonic(), quiet))
+            except InputError:
+                if not done:
+                    _forget(folder, stage)
+                raise
             write_json(folder / "distill.json", {"options": options, "stages": done})
         page = folder / "report.html"
         asked = {name: value for name, value in options.items() if value is not None}
@@ -168,6 +174,14 @@ def _earlier(folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
                 "same to go on, or use another folder"
             )
     return before["stages"]
+
+
+def _forget(folder: Path, stage: Stage) -> None:
+    """After an error in the first stage: where nothing was sampled or trained, the mended command may be another."""
+    training = stage.folder / "training"
+    if Plan.load(stage.folder) is None and not (training / "sampled.jsonl").exists():
+        shutil.rmtree(training, ignore_errors=True)
+        (folder / "distill.json").unlink()
 
 
 def _run(

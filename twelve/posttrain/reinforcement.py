@@ -258,6 +258,12 @@ class Reinforcement(Trainer):
         if self.memory.get("collapsed") and self.healthy.exists():
             load_checkpoint(self.healthy, self.model, self.optimizer)
             self.changed()
+        if not self.step and not self._ended:
+            seconds = sum(cell["seconds"] for cell in self.memory["before"])
+            self._ended = (
+                f"no time for a step: reading the model and measuring it ({seconds:.0f} s, and again at the end) took "
+                "all minutes; give more, or fewer --problems"
+            )
         after, before = self.measure(), self.memory["before"]
         self.memory["after"] = after
         self.healthy.unlink(missing_ok=True)

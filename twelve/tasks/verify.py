@@ -43,6 +43,7 @@ LATEX = (  # spellings, and what they say
     (re.compile(r"\\[,;:! ]|~"), " "),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\A\\frac\s*\{-([0-9]+)\}\s*\{([0-9]+)\}\Z"), r"-\1/\2"),
     (re.compile(r"(?<=[0-9])\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}"), r" \1/\2"),  # mixed: 1\frac{1}{2}
     (re.compile(r"\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}"), r"\1/\2"),
     (re.compile(r"\\frac\s*([0-9])\s*([0-9])(?![0-9])"), r"\1/\2"),
