@@ -103,7 +103,8 @@ def packed(folder: Path, seed: int) -> Iterator[list[int]]:
     from twelve.files import read_json
 
     meta = read_json(folder / META)
-    shards = Shards(folder, "text", meta["dtype"], meta["kinds"]["text"]["shards"])
+    counts = meta["kinds"]["text"]
+    shards = Shards(folder, "text", meta["dtype"], counts["documents"], counts["shards"])
 
     def documents() -> Iterator[list[int]]:
         for epoch in count():
