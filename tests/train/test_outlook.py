@@ -56,6 +56,18 @@ def known(monkeypatch):
     monkeypatch.setattr(outlook, "load", lambda: made_up(widths=(64, 128), vocabularies=(300, 512)))
 
 
+def test_what_is_expected_is_between_the_speed_of_now_and_that_of_before(known, text, monkeypatch):
+    usual = outlook.expect([text], 1)
+    monkeypatch.setattr(outlook, "product_speed", lambda clock: 64.0)
+    slower = outlook.expect([text], 1)
+    assert slower.shape() == usual.shape()  # whatever the moment is like
+    assert slower.best.tokens_per_second == pytest.approx(0.8 * usual.best.tokens_per_second)
+    again = []
+    monkeypatch.setattr(outlook, "measure", lambda refresh=False: again.append(refresh) or MACHINE)
+    monkeypatch.setattr(outlook, "product_speed", lambda clock: 30.0)  # another machine, as good as
+    assert outlook.expect([text], 1).best.tokens_per_second == usual.best.tokens_per_second and again == [False, True]
+
+
 def test_a_survey_knows_how_much_text_there_is(text, tmp_path):
     rows = [json.loads(line)["text"] for line in (text / "fruit.jsonl").read_text().splitlines()]
     size = sum(len(row.encode()) for row in rows)
