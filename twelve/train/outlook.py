@@ -194,8 +194,8 @@ def require_room(config: ModelConfig, context: int, device: torch.device) -> Non
 
 
 def _machine(device: torch.device) -> tuple[Machine, float]:
-    """This machine, and what `_speed` is to be expected: what was known of another hour may be far off, and a moment's
-    speed is a fifth off that of the minutes after it, so it is the mean of both."""
+    """This machine, and the `_speed` (GFLOP/s) to expect of it: the geometric mean of what is known of another hour and
+    of this moment's, since each may be a fifth off that of the minutes to come."""
     machine = measure()
     known = _speed(machine, device)
     if device.type != "cpu":
