@@ -1,5 +1,6 @@
 """Languages, the rules of quality, and the hashes that they read from."""
 
+import textwrap
 import unicodedata
 
 import numpy as np
@@ -168,6 +169,26 @@ DIRT = {
 @pytest.mark.parametrize(("expected", "text"), [(name, text) for name, texts in DIRT.items() for text in texts])
 def test_dirt_is_dropped_for_its_reason(expected, text):
     assert reason(text) == expected
+
+
+@pytest.mark.parametrize("text", [ENGLISH, KOREAN])
+@pytest.mark.parametrize(("width", "end"), [(72, "\n"), (50, "\r\n")])
+def test_text_may_be_wrapped_at_a_column(text, width, end):
+    wrapped = (2 * end).join(end.join(textwrap.wrap(line, width)) for line in text.splitlines())
+    assert judge(wrapped).scores[0] > 0.9
+    if text is ENGLISH:  # no line, however long, ends a sentence; in Korean its last word may
+        assert judge(wrapped.replace(".", "")).reasons == ["list"]
+
+
+def test_a_list_of_long_lines_is_one():
+    heads = [f"The old ferry of {place} and what the town made of it" for place in ("Aru", "Bel", "Cos", "Dun", "Eda")]
+    assert reason("\n".join(heads)) == "list" and reason("\n\n".join(heads)) == "list"
+
+
+def test_korean_says_as_much_in_fewer_words_a_line():
+    story = ["배가 안개 속으로 떠났다.", "노인은 말이 없었다.", "“언제 오나?”", "아이가 다시 물었다."]
+    assert judge("\n\n".join(story)).reasons == [""]
+    assert reason("\n\n".join(word for line in story for word in line.split())) == "list"
 
 
 def test_sentences_end_before_quotes_and_in_korean_with_a_line():

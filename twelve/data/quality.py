@@ -73,7 +73,8 @@ RULES = (
     Rule("list", "small words", 0.3, 0.08, EN),
     Rule("list", "endings", 0.5, 0.15, KO),
     Rule("list", "prose", 0.7, 0.1),
-    Rule("list", "words a line", 7.0, 3.0),
+    Rule("list", "words a line", 7.0, 3.0, EN),
+    Rule("list", "words a line", 4.2, 1.8, KO),
     Rule("list", "words a sentence", 60.0, 130.0, EN),
     Rule("list", "words a sentence", 35.0, 90.0, KO),
     Rule("boilerplate", "boilerplate", 0.01, 0.1),
@@ -89,6 +90,7 @@ CLOSING = "\"'”’」』)）"  # may come between
 KOREAN_ENDS = "다요까죠"  # of a line without a stop
 LINE_ENDS = STOPS + CLOSING + KOREAN_ENDS + ":;"
 LONG_LINE = 100  # characters, that make a line prose whatever it ends with
+WRAPPED = 30  # characters, from which on a line may be the beginning of the next, as in text with a fixed width
 ENDINGS = "은는이가을를에의로와과도만다고며서지면게요음기한할된인던들나라해여어아까야죠든련적히록려진운일니"
 BOILERPLATE = (
     "accept all", "accept cookies", "cookie policy", "cookie settings", "privacy policy", "terms of service",
@@ -172,7 +174,6 @@ def measure(words: Words, told: Told, grams: np.ndarray, first: np.ndarray) -> d
         "letters a word": (letters + counts[:, DIGIT]) / lengths,
         "small words": told.english / lengths,
         "endings": _endings(words) / np.maximum(1, _korean_words(words)),
-        "words a line": words.lengths / (counts[:, LINE] + 1),
         "words a sentence": words.lengths / (_stops(words) + 1),
         "boilerplate": _boilerplate(words) / lengths,
         "repeated n-grams": _repeated(grams, first),
@@ -236,7 +237,8 @@ def _boilerplate(words: Words) -> np.ndarray:
 
 
 def _lines(words: Words) -> dict[str, np.ndarray]:
-    """Of each text, the shares of its characters that are in lines of prose, and in lines that came before: [D]."""
+    """Of each text, the shares of its characters that are in lines of prose, and in lines that came before, and words a
+    line that is not blank: [D]."""
     ends = np.flatnonzero(words.kinds == LINE)
     starts = np.concatenate([[0], ends[:-1] + 1])
     sizes = ends - starts
@@ -245,7 +247,11 @@ def _lines(words: Words) -> dict[str, np.ndarray]:
     last = np.maximum(ends - 1, 0)
     for _ in range(2):  # blanks at the end
         last = np.maximum(np.where(words.kinds[last] == SPACE, last - 1, last), 0)
-    prose = _member_table(LINE_ENDS)[np.minimum(words.points[last], 0xFFFF)] | (sizes >= LONG_LINE)
+    filled = np.diff(np.cumsum(words.kinds > LINE)[ends], prepend=0) > 0
+    ended = _member_table(LINE_ENDS)[np.minimum(words.points[last], 0xFFFF)] | (sizes >= LONG_LINE)
+    goes_on = ~ended & (sizes >= WRAPPED) & np.append(filled[1:] & (text[1:] == text[:-1]), False)
+    final = np.flatnonzero(~goes_on)  # a wrapped sentence is prose if its last line is
+    prose = ended[final[np.searchsorted(final, np.arange(len(ends)))]]
     keys = words.spans(starts, ends) ^ mix(text.astype(np.uint64))  # a line is known within its text only
     order = np.argsort(keys, kind="stable")
     again = np.zeros(len(keys), bool)
@@ -253,6 +259,7 @@ def _lines(words: Words) -> dict[str, np.ndarray]:
     return {
         "prose": np.bincount(text, sizes * prose, minlength=words.texts) / total,
         "repeated lines": np.bincount(text, sizes * again, minlength=words.texts) / total,
+        "words a line": words.lengths / np.maximum(1, np.bincount(text, filled, minlength=words.texts)),
     }
 
 
