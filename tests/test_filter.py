@@ -3,11 +3,13 @@
 import gzip
 import json
 import random
+from datetime import datetime
 
 import pytest
 
 from twelve import cli
-from twelve.data.reader import read_documents
+from twelve.data.cleaning import write_rows
+from twelve.data.reader import Document, read_documents
 from twelve.errors import InputError
 from twelve.filter import filter_text
 
@@ -110,6 +112,21 @@ def test_weights_and_temperature_mix_exactly(tmp_path, two):
     assert sizes(tmp_path / "x.jsonl")[0] == 0
 
 
+def test_a_weight_holds_for_a_file_in_a_folder_that_is_named_too(tmp_path_factory, two):
+    paths, whole = two
+    folder, out = paths[0].parent, tmp_path_factory.mktemp("out") / "x.jsonl"
+    for names in ([folder, paths[1]], [paths[1], folder]):
+        filter_text(names, out, weights={str(paths[1]): 0.0}, quiet=True)
+        assert sizes(out) == (whole[0], 0)
+
+
+def test_talk_from_parquet_may_hold_times(tmp_path):
+    talk = [{**message, "at": datetime(1597, 10, 26)} for message in TALK]
+    with write_rows(tmp_path / "x.jsonl") as write_row:
+        write_row(Document(None, talk, "a.parquet:1"))
+    assert json.loads((tmp_path / "x.jsonl").read_text())["messages"][0]["at"].startswith("1597-10-26")
+
+
 def test_the_same_again_is_the_same(tmp_path, two):
     made = []
     for name in ("a.jsonl", "b.jsonl"):
@@ -123,6 +140,7 @@ def test_bad_requests_leave_nothing(tmp_path, dirty):
     for told, given in (
         ("--weight y: not one of the paths", {"weights": {"y": 2.0}}),
         ("no such file", {"against": [tmp_path / "none.jsonl"]}),
+        ("--against -: .* save it in a file", {"against": ["-"]}),
         ("language 'xx'", {"languages": ["xx"]}),
     ):
         with pytest.raises(InputError, match=told):

@@ -48,6 +48,8 @@ def filter_text(
         raise InputError(f"--weight {unknown[0]}: not one of the paths ({', '.join(names)})")
     if chosen and STDIN in names:
         raise InputError("a choice reads its input three times, and standard input can be read once: save it in a file")
+    if STDIN in map(str, against):
+        raise InputError("--against -: evaluation files are told by their kind: save it in a file")
     files, tests = find_files(paths).train, find_files(against)
     taken = {path.resolve() for path in (*files, *tests.train, *tests.held_out)}
     for option, path in (("--out", out), ("--report", report)):
@@ -105,8 +107,9 @@ class _Choice:
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, float], temperature: float):
         self.weights, self.temperature = [weights.get(name, 1.0) for name in names], temperature
-        self._sources = {str(path): number for number, name in reversed(list(enumerate(names)))
-                         for path in find_files([name]).train}  # fmt: skip
+        # the first path that holds a file, but sooner one that names it than a folder
+        last_first = sorted(enumerate(names), key=lambda numbered: (Path(numbered[1]).is_file(), -numbered[0]))
+        self._sources = {str(path): number for number, name in last_first for path in find_files([name]).train}
         self._names, self._coverage = names, Coverage()
         self._kept, self._groups = array("B"), array("I")  # a group is a source and a language
         self._sizes, self._scores = array("I"), array("f")

@@ -252,7 +252,8 @@ class _Rows:
     def write(self, document: Document) -> None:
         if document.text is None:
             self.close()
-            self._file.write(json.dumps(document.about | {"messages": document.messages}, ensure_ascii=False) + "\n")
+            row = document.about | {"messages": document.messages}
+            self._file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")  # times, of Parquet
             return
         if (document.source, document.piece) != self._next or self._size > LONGEST:
             self.close()
