@@ -32,6 +32,9 @@ def room(tmp_path_factory):
         {"prompt": form.format(number), "choices": choices, "answer": 0}
         for number in range(12) for form, choices in questions
     ])  # fmt: skip
+    (folder / "split").mkdir()
+    for name in ("x-train.jsonl", "x-val.jsonl"):
+        write(folder / "split" / name, [{"text": line} for line in LINES])
     write(folder / "task.jsonl", [{"question": f"{a} + {a}?", "answer": str(2 * a)} for a in range(6)])
     return folder
 
@@ -180,6 +183,12 @@ def test_texts_and_task_files_are_looked_for_too(room, tmp_path):
         (["--task", "arithmetic", "--level", "99"], "level 99 must lie between"),
         (["--task", "arithmetic", "--samples", "2000"], "2000 samples: 1000 of a problem are the most"),
         (["--text", "text.jsonl", "--out", "text.jsonl/x.json"], "cannot be written: text.jsonl is a file"),
+        (["--text", "text.jsonl", "--report", "text.jsonl"], "--report text.jsonl is read"),
+        (["--choices", "choices.jsonl", "--out", "choices.jsonl"], "--out choices.jsonl is read"),
+        (["--text", "text.jsonl", "--out", "x", "--report", "x"], "--report x is read, or written"),
+        (["--choices", "choices.jsonl", "--contamination", "-"], "save standard input in one"),
+        (["--choices", "-", "--contamination", "text.jsonl"], "save standard input in one"),
+        (["--text", "split"], "x-val.jsonl is kept apart"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_measured(room, monkeypatch, arguments, words):

@@ -67,6 +67,8 @@ def test_many_samples_are_quick_and_finite():
     found = maj_at_k(votes, scores, 100)
     assert 0.02 < found < 0.03  # forty answers, all as often: each wins one time in forty
     assert found == pytest.approx(1 / 40)
+    own = list(map(str, range(400)))  # every answer is right, and another
+    assert maj_at_k(own, [1.0] * 400, 400) == pytest.approx(1)
 
 
 def test_sizes():
@@ -84,13 +86,17 @@ def test_sizes():
         (r"\boxed{\frac{1}{2}}", "<answer>0.5</answer>"),
         (r"\boxed{6\text{ km}}", "<answer>6 km</answer>"),
         ("<answer>1, 2, 3</answer>", "#### 1,2,3"),
+        ("<answer>[82, 71, -21]</answer>", "#### 82 71 -21"),
     ],
 )
 def test_answers_that_say_the_same_are_one_vote(one, other):
     assert vote(one) == vote(other) is not None
 
 
-@pytest.mark.parametrize(("one", "other"), [("<answer>6</answer>", "<answer>6 km</answer>"), ("#### 5", "#### 50")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("<answer>6</answer>", "<answer>6 km</answer>"), ("#### 5", "#### 50"), ("#### 8, 7, 2", "#### 8, 72, 2")],
+)
 def test_answers_that_differ_are_two(one, other):
     assert vote(one) != vote(other)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -62,9 +63,9 @@ class Accuracy:
         """Problems being the sample: repeats of one are no new problem."""
         return standard_error(self.solved)
 
-    @property
+    @cached_property
     def measures(self) -> dict[str, Share]:
-        """pass@k, maj@k and agreement across repeats; none for a single answer a problem."""
+        """pass@k, maj@k and agreement across repeats, once all are there; none for a single answer a problem."""
         if self.repeats == 1:
             return {}
         pairs = list(zip(self.votes, self.scores, strict=True))

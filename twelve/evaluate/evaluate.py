@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
@@ -82,9 +82,6 @@ def evaluate(
         raise InputError(f"{samples} samples at temperature 0 are all the same: leave --temperature out, or raise it")
     if samples > MOST:
         raise InputError(f"{samples} samples: {MOST} of a problem are the most")
-    for path in (out, report):
-        if path is not None:
-            _check_out(Path(path))
     for name in names:
         for language, level in product(_spoken(name, languages), levels):
             next(known_tasks.problems(name, "test", seed, [level], [language]), None)
@@ -93,7 +90,14 @@ def evaluate(
             resolve(path)
     if STDIN in map(str, texts) and (compare is not None or contamination):
         raise InputError("--text -: standard input can be read once, and this reads it twice: save it in a file")
-    find_files(texts)
+    if contamination and STDIN in map(str, [*choices, *contamination]):
+        raise InputError("--contamination wants files, whose kind is told by their names: save standard input in one")
+    if held_out := find_files(texts).held_out:
+        raise InputError(
+            f"--text: {held_out[0]} is kept apart from the training part beside it, so a folder does not say which of "
+            "the two is meant: name the files"
+        )
+    _check_out({"--out": out, "--report": report}, [*texts, *choices, *contamination, *_task_files(names)])
     known = invented(seed, facts, languages) if facts else []
     wanted = Wanted(texts, {str(path): _items(path, languages, limit) for path in choices}, names, languages, levels,
                     problems, limit, context, samples, temperature, seed, device, known, without_memory)  # fmt: skip
@@ -152,12 +156,27 @@ def _spoken(task: str, languages: Sequence[str]) -> Sequence[str]:
     return [code for code in languages if code in spoken] or languages
 
 
-def _check_out(path: Path) -> None:
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file in it")
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{path} cannot be written: {folder} is a file")
+def _check_out(written: Mapping[str, str | Path | None], read: Sequence[str | Path]) -> None:
+    """InputError for an option whose file cannot be written, or is needed."""
+    files = find_files(read)
+    taken = {path.resolve() for path in (*files.train, *files.held_out)}
+    for option, name in written.items():
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name a file in it")
+        for folder in path.parents:
+            if folder.exists() and not folder.is_dir():
+                raise InputError(f"{path} cannot be written: {folder} is a file")
+        if path.resolve() in taken:
+            raise InputError(f"{option} {path} is read, or written, by this, too: name another file")
+        taken.add(path.resolve())
+
+
+def _task_files(names: Sequence[str]) -> list[str]:
+    """Of tasks, those that are rows in a file."""
+    return [path for name in names if (path := name.partition("#")[0]).endswith(".jsonl")]
 
 
 def _items(path: str | Path, languages: Sequence[str], limit: int | None) -> list[Item]:
@@ -204,8 +223,7 @@ def _compared(first: Sequence[tuple[str, Any]], second: Sequence[tuple[str, Any]
 
 def _overlaps(train: Sequence[str | Path], wanted: Wanted) -> dict[str, Any]:
     """Of the evaluation files; tasks that draw their problems have none, and keep what they test out of training."""
-    tasks = [name.partition("#")[0] for name in wanted.tasks]
-    files = [*wanted.texts, *wanted.choices, *(path for path in tasks if path.endswith(".jsonl"))]
+    files = [*wanted.texts, *wanted.choices, *_task_files(wanted.tasks)]
     if not files:
         raise InputError("--contamination looks for evaluation files: name some with --text, --choices or --task")
     found, short = overlaps(train, files)

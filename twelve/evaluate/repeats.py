@@ -5,10 +5,10 @@ All take what one problem's n samples scored or said; their mean over problems, 
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from math import comb
-from statistics import fmean
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from twelve.tasks.verify import final_answer, plain, read_number, tight
 
 MOST = 1000  # samples of a problem: beyond, the number of choices is no float
 
+LISTED = re.compile(r"-?[0-9]+([, ]+-?[0-9]+)+")
 Vote = Hashable | None
 
 
@@ -39,11 +40,15 @@ def maj_at_k(votes: Sequence[Vote], scores: Sequence[float], k: int) -> float:
     Answers that tie win equally often. None is no vote, and k samples without any score 0.
     """
     counts = Counter(vote for vote in votes if vote is not None)
+    values: dict[int, float] = defaultdict(float)  # of all answers that are given so often
+    for vote, score in zip(votes, scores, strict=True):
+        if vote is not None:
+            values[counts[vote]] += score / counts[vote]
     total = 0.0
-    for answer, count in counts.items():
-        value = fmean(score for vote, score in zip(votes, scores, strict=True) if vote == answer)
+    for count, value in values.items():
         if value:
-            others = [other for vote, other in counts.items() if vote != answer]
+            others = list(counts.values())
+            others.remove(count)
             total += value * _wins(count, others, len(votes) - counts.total(), k)
     return total / comb(len(votes), k)
 
@@ -57,15 +62,18 @@ def agreement(votes: Sequence[Vote]) -> float:
 
 
 def vote(text: str, finished: bool = True) -> Vote:
-    """The answer that a text settles on, so that those which say the same to the verifier are equal: a number and its
-    unit, else words whatever their case. A text without a marked answer says all that follows its reasoning, or, cut
-    short, nothing."""
+    """The answer that a text settles on, so that those which say the same are equal: a number and its unit, a list of
+    numbers however they are set apart, else words whatever their case. Of expressions and programs each spelling is an
+    answer of its own, for a voter knows no more. A text without a marked answer says all that follows its reasoning,
+    or, cut short, nothing."""
     answer = final_answer(text)
     if answer is None and finished:
         answer = split_reasoning(text)[1]
     if answer is None:
         return None
     answer = plain(answer)
+    if LISTED.fullmatch(listed := answer.strip("[](){} ")) and read_number(answer) is None:
+        return tuple(re.split("[, ]+", listed))
     return read_number(answer) or tight(answer).casefold() or None
 
 
