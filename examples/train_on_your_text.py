@@ -1,6 +1,6 @@
 """Your own text into a small model, which then continues a sentence.
 
-    python examples/train_on_your_text.py my-texts/ --minutes 10 --out runs/mine
+    python examples/train_on_your_text.py my-texts/ --minutes 10 --out runs/my-texts
 
 Without paths it reads the few pages in examples/texts, which are enough to see how it goes, not to learn a language.
 What it does is `twelve pretrain PATH... --minutes M --out FOLDER` and `twelve generate FOLDER "..."`.
@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("paths", nargs="*", default=[str(TEXTS)], metavar="PATH", help=".txt, .md, .jsonl, or a folder")
 parser.add_argument("--minutes", type=float, default=2)
 parser.add_argument("--steps", type=int, help="optimiser steps, instead of --minutes")
-parser.add_argument("--out", default="runs/mine")
+parser.add_argument("--out", default="runs/my-texts")
 parser.add_argument("--width", type=int, default=128)
 parser.add_argument("--begin", nargs="+", default=BEGINNINGS, metavar="TEXT", help="to be continued")
 options = parser.parse_args()
