@@ -80,6 +80,9 @@ def test_the_overview_names_every_verb(capsys):
         (["chat", "m", "--device", "abacus"], "'abacus' is not a device of this machine"),
         (["serve", "m", "--port", "65536"], "'65536' is not a port"),
         (["plan", "--minutes", "0"], "'0' is not a number above 0"),
+        (["plan", "--minutes", "1e308"], "'1e308' is too large a number"),
+        (["plan", "--threads", "9" * 400], "too large a number"),
+        (["quantize", "m", "--out", ""], "--out names nothing"),
         (["plan", "--parameters", "7 billion"], "'7 billion' is not a number like 350M, 7B or 14.8T"),
         (["plan", "--memory", "9" * 400], "is not a size"),
         (["plan", "--parameters", "9" * 400], "is not a number like"),
@@ -124,6 +127,11 @@ def test_a_result_ends_with_what_to_do_next(verb, capsys):
     result = {"accuracy": 0.123456789, "model": "runs/x", "tasks": [1, 2], "next": "twelve chat runs/x"}
     assert cli.main(verb(lambda options: result)) == 0
     assert capsys.readouterr().out == "accuracy  0.123457\nmodel     runs/x\nnext: twelve chat runs/x\n"
+
+
+def test_control_characters_in_what_others_wrote_do_not_reach_the_terminal(verb, capsys):
+    assert cli.main(verb(lambda options: {"licence": "\x1b[31m붉은\x9b2J 배\u00a0", "next": "twelve chat \x07"})) == 0
+    assert capsys.readouterr().out == "licence  \\x1b[31m붉은\\x9b2J 배\u00a0\nnext: twelve chat \\x07\n"
 
 
 def test_json_is_the_one_thing_on_standard_output(verb, capsys):

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from twelve.convert import load, open_parts, resolve, save
+from twelve.convert import check_place, load, open_parts, resolve, save
 from twelve.convert.card import render
 from twelve.data.reader import STDIN
 from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import WINDOW, calibration
 from twelve.errors import InputError
 from twelve.evaluate.bits import bits_per_byte
+from twelve.files import command
 from twelve.gptq import LARGEST, Inputs, gptq, gptq_experts, round_plainly, stacked
 from twelve.model.moe import Experts
 from twelve.model.mtp import MTPModule
@@ -43,10 +44,7 @@ def quantize(
     a group or bits that cannot be, and bad input.
     """
     path = resolve(model)
-    if path.resolve() == Path(out).resolve():
-        raise InputError(f"{out} is the model to read: name another folder with --out")
-    if Path(out).is_file():
-        raise InputError(f"{out} is a file, not a folder to save a model in")
+    check_place(Path(out), path)
     if STDIN in map(str, evaluate):
         raise InputError("--eval -: standard input can be read once, and this reads it twice: save it in a file")
     form, ends = Form(bits, group, bits == 8), Form(embedding_bits, group, embedding_bits == 8)
@@ -74,7 +72,7 @@ def quantize(
         result |= {"bits_per_byte_before": before, "bits_per_byte": after, "bits_per_byte_loss": after - before}
     save(network, tokenizer, out, _card(model, network, result, embedding_bits, texts))
     result["bytes"] = _file_bytes(Path(out))
-    return result | {"next": f"twelve chat {out}"}
+    return result | {"next": command("twelve", "chat", out)}
 
 
 def _card(

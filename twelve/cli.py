@@ -13,10 +13,13 @@ import json
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from twelve.errors import InputError
+from twelve.files import command
 from twelve.options import finer
 from twelve.parser import FINER, build_parser
 
@@ -109,7 +112,8 @@ def evaluate(options: Options) -> Result:
 
         given = _given(options, {"seed"}) | ({"count": options.facts} if options.facts else {})
         count = write_documents(options.facts_text, languages=options.language, **given)
-        return {"documents": count, "file": options.facts_text, "next": f"twelve pretrain TEXT {options.facts_text}"}
+        following = command("twelve", "pretrain", "TEXT", options.facts_text)
+        return {"documents": count, "file": options.facts_text, "next": following}
     if options.model is None and (options.compare or not options.contamination):
         raise InputError(
             "name a MODEL to measure; only --audit TASK, --facts-text FILE and --contamination PATH do without one"
@@ -164,10 +168,11 @@ def convert(options: Options) -> Result:
         raise InputError(f"--dtype {options.dtype} is for a .gguf file; `twelve quantize` packs a folder")
     import torch
 
-    from twelve.convert import load, save
+    from twelve.convert import check_place, load, save
     from twelve.convert.card import render
     from twelve.quantize import dequantize
 
+    check_place(Path(options.out), options.model)
     model, tokenizer = load(options.model, device="cpu", dtype=getattr(torch, options.dtype))
     made = f"`{options.model}` written as {options.dtype}."
     if sizes:
@@ -181,7 +186,7 @@ def convert(options: Options) -> Result:
     card = render(options.out, made, verb="convert", config=model.config, parents=[options.model], seed=seed)
     save(model, tokenizer, options.out, card)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    following = f"twelve pretrain TEXT --from {options.out}" if sizes else f"twelve chat {options.out}"
+    following = command("twelve", *(["pretrain", "TEXT", "--from"] if sizes else ["chat"]), options.out)
     return {"model": options.out, "parameters": parameters, "next": following}
 
 
@@ -254,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
     try:
         options = build_parser().parse_args(arguments)
+        if getattr(options, "out", None) == "":  # of a variable that is not set
+            raise InputError("--out names nothing: give it a folder, or a file")
         run = globals()["evaluate" if options.verb == "eval" else options.verb]
         _set_threads(options)
         _allow_code(options)
@@ -292,11 +299,16 @@ def _show(result: Result) -> None:
     rows = {name: value for name, value in result.items() if isinstance(value, str | int | float) and name != "next"}
     width = max(map(len, rows), default=0)
     for name, value in rows.items():
-        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+        print(f"{name.replace('_', ' '):<{width}}  {f'{value:.6g}' if isinstance(value, float) else _visible(value)}")
     if "next" in result:
-        print(f"next: {result['next']}")
+        print(f"next: {_visible(result['next'])}")
 
 
 def _fail(message: str, status: int, kind: str = "error") -> int:
-    print(f"twelve: {kind}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"twelve: {kind}: {_visible(' '.join(message.splitlines()))}", file=sys.stderr)
     return status
+
+
+def _visible(said: Any) -> str:
+    """As text whose control characters, which a terminal would obey, are spelled out: names and cards are others'."""
+    return "".join(one if unicodedata.category(one) not in ("Cc", "Cs") else repr(one)[1:-1] for one in str(said))

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,11 @@ def check_name(path: str | Path) -> None:
     except UnicodeEncodeError as error:
         name = os.fsencode(path)
         raise InputError(f"{name!r}: a file's name must be UTF-8: rename it (convmv does whole folders)") from error
+
+
+def command(*words: object) -> str:
+    """What to type in a shell: names with blanks in quotation marks."""
+    return shlex.join(map(str, words))
 
 
 def valid(text: str) -> str:

@@ -20,6 +20,7 @@ from twelve.data.reader import STDIN, Document, Report, batches, find_files, rea
 from twelve.data.selection import Coverage, Quota, budgets
 from twelve.data.words import read_words
 from twelve.errors import InputError
+from twelve.files import command
 
 SMALL = 16 << 20  # bytes of input that one process has done before others have started
 MOST_WORKERS = 8  # what one process can read and write for
@@ -198,7 +199,7 @@ def _result(out: Path, tally: Tally, met: Report, cleaner: Cleaner, seconds: flo
     }  # fmt: skip
     if cleaner.contamination is not None:
         result |= {"evaluation_rows": cleaner.contamination.rows, "too_short_rows": cleaner.contamination.short}
-    return result | {"next": f"twelve pretrain {out}"}
+    return result | {"next": command("twelve", "pretrain", out)}
 
 
 def _counts(count: Sequence[int]) -> dict[str, int]:

@@ -142,7 +142,7 @@ def _command(paths: Sequence[str], asked: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     if value is True:
         return ""
-    return f" {value:g}" if isinstance(value, float) else f" {value}"
+    return f" {value:g}" if isinstance(value, float) else f" {shlex.quote(str(value))}"
 
 
 def _told(machine: Machine) -> str:

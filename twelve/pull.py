@@ -21,7 +21,7 @@ from twelve.convert.card import front_matter, render
 from twelve.convert.folder import PULLED, pulled_folder, pulled_name
 from twelve.convert.huggingface import INDEX, PICKLES, SINGLE, TABLE, config_from
 from twelve.errors import InputError
-from twelve.files import FolderLock, atomic_write, free_bytes, read_json, write_json
+from twelve.files import FolderLock, atomic_write, command, free_bytes, read_json, write_json
 from twelve.hub import Hub, Remote
 
 CONFIG, CARD, TOKENIZER = "config.json", "README.md", "tokenizer.json"
@@ -94,7 +94,7 @@ def pull(
     }  # fmt: skip
     if gguf is None and TOKENIZER not in listed:
         result["note"] = f"there is no {TOKENIZER}, so that twelve can neither read nor write text with this model"
-    return result | {"next": f"twelve chat {name if out is None and gguf is None else model}"}
+    return result | {"next": command("twelve", "chat", name if out is None and gguf is None else model)}
 
 
 def _check_folder(folder: Path, name: str) -> None:

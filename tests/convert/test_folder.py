@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import twelve
+from twelve import cli
 from twelve.config import ModelConfig, small_v3
 from twelve.convert import folder as folder_module
 from twelve.convert import load_config, load_weights, resolve
@@ -206,6 +207,33 @@ def test_saving_where_it_cannot_be_is_refused(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "inside"):
         with pytest.raises(InputError, match="file"):
             twelve.save(small(), None, path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("README.md", "# precious"), ("config.json", '{"port": 80}')])
+def test_files_of_others_are_not_replaced(name, content, tmp_path):
+    twelve.save(small(), None, tmp_path / "model", "a card")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).write_text(content)
+    with pytest.raises(InputError, match=f"holds a {name} that is no saved model's"):
+        twelve.save(small(), None, tmp_path / "other", "a card")
+    verbs = (["convert"], ["quantize", "--bits", "8"], ["pretrain", "--from"])
+    for verb, *options in verbs:
+        arguments = [verb, *options, str(tmp_path / "model"), "--out", str(tmp_path / "other")]
+        assert cli.main(arguments if verb != "pretrain" else [verb, str(tmp_path), *options, *arguments[-3:]]) == 2
+    assert [(file.name, file.read_text()) for file in (tmp_path / "other").iterdir()] == [(name, content)]
+
+
+def test_a_model_is_not_written_over_itself_or_a_run(tmp_path, capsys):
+    model = str(tmp_path / "model")
+    twelve.save(small(), None, model)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    for out, words in ((model, "is the model to read"), (str(tmp_path / "run"), "holds a training run")):
+        assert cli.main(["convert", model, "--out", out, "--layers", "1"]) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    for _ in range(2):  # the same command again is another matter
+        assert cli.main(["convert", model, "--out", str(tmp_path / "new"), "--layers", "1"]) == 0
 
 
 def test_what_is_no_model_is_refused_with_a_way_on(tmp_path, monkeypatch):

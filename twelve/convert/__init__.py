@@ -1,6 +1,7 @@
 """Model folders and files of others: the only place that renames tensors."""
 
 from twelve.convert.folder import (
+    check_place,
     load,
     load_config,
     load_tokenizer,
@@ -11,4 +12,7 @@ from twelve.convert.folder import (
     save,
 )
 
-__all__ = ["load", "load_config", "load_tokenizer", "load_weights", "open_parts", "require_floats", "resolve", "save"]
+__all__ = [
+    "check_place", "load", "load_config", "load_tokenizer", "load_weights", "open_parts", "require_floats", "resolve",
+    "save",
+]  # fmt: skip

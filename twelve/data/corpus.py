@@ -21,7 +21,7 @@ from twelve.data.reader import PACKED, STDIN, Document, Report, batches, find_fi
 from twelve.data.shards import FORMAT, KINDS, META, Batch, PackedData, Writer
 from twelve.data.tokenizer import Tokenizer, check_vocab_size
 from twelve.errors import InputError
-from twelve.files import FolderLock, free_bytes, read_json, sha256, write_json
+from twelve.files import FolderLock, command, free_bytes, read_json, sha256, write_json
 
 __all__ = ["Batch", "Document", "PackedData", "Report", "find_files", "read_documents", "texts", "tokenize"]
 
@@ -95,7 +95,7 @@ def tokenize(
         **{count: data.meta[count] for count in ("empty", "unanswered", "bad_bytes", "held_out", "damaged", "dropped")
            if count in data.meta},
         "seconds": time.monotonic() - started,
-        "next": f"twelve pretrain {out}",
+        "next": command("twelve", "pretrain", out),
     }
 
 

@@ -26,7 +26,7 @@ from twelve.evaluate.items import Item, read_items
 from twelve.evaluate.page import write_page
 from twelve.evaluate.repeats import MOST
 from twelve.evaluate.statistics import Share
-from twelve.files import write_json
+from twelve.files import command, write_json
 from twelve.tasks import LANGUAGES
 
 MAX_TOKENS = 256  # of an answer, where the task does not say
@@ -113,7 +113,7 @@ def evaluate(
             print(compare)
             other = measure(compare, wanted)
             result |= {"against": {"model": str(compare), **_as_dict(other)}, "comparisons": _compared(measured, other)}
-        result["next"] = f"twelve chat {model}"
+        result["next"] = command("twelve", "chat", model)
     if report is not None:
         write_page(report, result)
     if out is not None:

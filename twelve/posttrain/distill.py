@@ -11,7 +11,7 @@ from typing import Any
 
 from twelve import convert, report, tasks
 from twelve.errors import InputError
-from twelve.files import FolderLock, read_json, write_json
+from twelve.files import FolderLock, command, read_json, write_json
 from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.logits import LogitsLesson
 from twelve.posttrain.on_policy import on_policy
@@ -102,10 +102,10 @@ def distill(
     for number, row in enumerate(done, start=1):
         said = (f"{name.replace('_', ' ')} {value}" for name, value in row.items() if name not in ("model", "student"))
         print(f"stage {number}   {row['model']}: {row['student']}; {', '.join(said)}")
-    following = f"twelve chat {done[-1]['model']}"
+    following = command("twelve", "chat", done[-1]["model"])
     if measurable := serving("test", cells):
         names, levels = dict.fromkeys(cell.task for cell in measurable), sorted({cell.level for cell in measurable})
-        following = f"twelve eval {done[-1]['model']} --task {' '.join(names)} --level {' '.join(map(str, levels))}"
+        following = command("twelve", "eval", done[-1]["model"], "--task", *names, "--level", *levels)
     return {
         "model": done[-1]["model"], "stages": done, "report": str(page),
         "seconds": round(time.monotonic() - began, 1), "next": following,

@@ -15,7 +15,7 @@ from twelve.convert.card import render
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.evaluate.accuracy import GROUP
-from twelve.files import atomic_write
+from twelve.files import atomic_write, command
 from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.reinforcement import pooled, score
 from twelve.posttrain.rewards import Rewards, language_share, well_formed
@@ -67,7 +67,7 @@ def figures(folder: Path, progress: Progress) -> dict[str, Any]:
     return {
         "model": str(folder), "recipe": progress.options["recipe"], "accuracy_before": before, "accuracy_after": after,
         "standard_error": error, "stages": rows, "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "report": str(folder / "report.html"), "next": f"twelve chat {folder}",
+        "report": str(folder / "report.html"), "next": command("twelve", "chat", folder),
     }  # fmt: skip
 
 

@@ -14,12 +14,12 @@ import torch
 
 from twelve import report
 from twelve.config import ModelConfig
-from twelve.convert import save
+from twelve.convert import check_place, save
 from twelve.convert.card import render, sources
 from twelve.data.language import LANGUAGES, languages
 from twelve.data.words import read_words
 from twelve.errors import InputError
-from twelve.files import FolderLock
+from twelve.files import FolderLock, command
 from twelve.heap import keep_freed_memory
 from twelve.lora import merge
 from twelve.model import count_parameters
@@ -65,6 +65,8 @@ def run(
         resumed = plan is not None
         if plan is None and (folder / "config.json").exists():
             raise InputError(f"{folder} holds a model already: name another folder with --out")
+        if plan is None:
+            check_place(folder)
         if plan is not None:
             plan.check_options(stage, options, folder)
             if plan.complete:
@@ -196,7 +198,9 @@ def _finish(trainer: Trainer, prepared: Prepared, folder: Path, started: float) 
     if (table := trainer.optimizer.table) is not None:
         table.end()
     trainer.checkpoint.unlink(missing_ok=True)  # several times the model's size, and nothing is left to resume
-    following = f"twelve chat {folder}" if prepared.chats else f'twelve generate {folder} "..."'
+    following = command("twelve", "chat", folder)
+    if not prepared.chats:
+        following = command("twelve", "generate", folder) + ' "..."'
     return {**figures, "seconds": round(time.monotonic() - started, 1), "report": str(path), "next": following}
 
 
