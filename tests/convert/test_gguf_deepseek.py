@@ -179,7 +179,6 @@ WRONG = {
     "no width": ({"deepseek2.attention.key_length_mla": None}, {}, "deepseek2.attention.key_length_mla must be"),
     "all of a head rotated": ({"deepseek2.rope.dimension_count": 20}, {}, "qk_nope_head_dim must be positive"),
     "another routing": ({"deepseek2.expert_gating_func": 4}, {}, "expert_gating_func 4 is not supported"),
-    "a bias to softmax": ({"deepseek2.expert_gating_func": 1}, {}, "exp_probs_b with scores by softmax"),
     "groups that do not divide": ({"deepseek2.expert_group_count": 5}, {}, "not a multiple of n_group 5"),
     "no number": ({"deepseek2.expert_weights_scale": -1.0}, {}, "expert_weights_scale must be a positive number"),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import twelve
 from twelve import cli
 from twelve.config import small_v3
+from twelve.convert.card import origin
 from twelve.convert.gguf import GGUFFile
 from twelve.convert.gguf_blocks import BLOCK_TYPES
 from twelve.convert.gguf_config import metadata
@@ -238,6 +239,28 @@ def test_a_gguf_file_becomes_another(tokenizer, tmp_path):
     first, second = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in "ab")
     assert [one.name for one in first] == [one.name for one in second]
     assert all(np.array_equal(one.data, two.data) for one, two in zip(first, second, strict=True))
+
+
+def test_licence_languages_and_ends_come_along(tokenizer, tmp_path):
+    own(tokenizer, tmp_path / "folder")
+    (tmp_path / "folder" / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [ko, en]\n---\n")
+    path = tmp_path / "folder" / "generation_config.json"
+    end = tokenizer.encode("7", control=False)[0]
+    path.write_text(json.dumps({"eos_token_id": [*json.loads(path.read_text())["eos_token_id"], end]}))
+    source = Tokenizer.load(tmp_path / "folder")
+    export(tmp_path / "folder", tmp_path / "a.gguf")
+    assert origin(tmp_path / "a.gguf") == {"license": ["apache-2.0"], "language": ["ko", "en"]}
+    assert end in source.stop_ids and read_tokenizer(GGUFFile(tmp_path / "a.gguf")).stop_ids == source.stop_ids
+
+
+def test_a_bias_may_correct_scores_by_softmax(tokenizer, tmp_path):
+    config = replace(small_v3(tokenizer.vocab_size, width=64, layers=2, experts=4), scoring_func="softmax")
+    model = Transformer(config).init_weights(0).eval()
+    twelve.save(model, tokenizer, tmp_path / "folder")
+    export(tmp_path / "folder", tmp_path / "a.gguf")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert (twelve.load(tmp_path / "a.gguf", device="cpu")[0](ids) - model(ids)).abs().max() <= 1e-5
 
 
 def test_the_verb(tokenizer, tmp_path, capsys):

@@ -284,6 +284,8 @@ def test_activity_is_what_a_plain_loop_counts():
     ("case", "size", "words"),
     [
         ("v3-one-group", {"layers": 0}, "--layers 0"),
+        ("v3-one-group", {"width": 1_000_000}, "--width 1000000 is not possible: ask for 1 to 262,144"),
+        ("v3-one-group", {"width": 250_000}, "about .* GiB of weights, more than the memory"),
         ("v3-groups-qlora-yarn", {"experts": 6}, "not a multiple of the model's 4 routing groups"),
         ("v2-greedy", {"experts": 24}, "correction bias"),
         ("qwen2", {"experts": 4}, "a dense qwen2 model cannot be given experts"),

@@ -118,10 +118,8 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     method = "group_limited_greedy" if groups > 1 else "greedy"
     if any(name.endswith(".exp_probs_b.bias") for name in keys.file.tensors):
         method = "noaux_tc"
-        if not sigmoid:
-            raise InputError(f"{path}: exp_probs_b with scores by softmax (expert_gating_func 1) is not supported")
     return {
-        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "model_type": "deepseek_v3" if sigmoid or method == "noaux_tc" else "deepseek_v2",
         **{key: keys.integer(stored) for key, stored in EXPERT_SIZES.items()},
         "n_shared_experts": keys.integer("expert_shared_count", 0, least=0),
         "first_k_dense_replace": dense,

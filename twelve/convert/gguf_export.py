@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from twelve.config import ModelConfig
+from twelve.convert.card import origin
 from twelve.convert.folder import open_parts, resolve
 from twelve.convert.gguf_blocks import BLOCK_TYPES, BlockType
 from twelve.convert.gguf_config import ROPE_FACTORS, metadata, rope_factors
@@ -19,7 +20,7 @@ from twelve.convert.gguf_model import KEY_PART, VALUE_PART, stored_as
 from twelve.convert.gguf_tokenizer import tokenizer_metadata
 from twelve.convert.gguf_write import Entry, write_gguf
 from twelve.errors import InputError
-from twelve.files import check_name
+from twelve.files import check_name, command
 from twelve.model.transformer import Transformer
 
 TYPES = {block.name: block for block in BLOCK_TYPES.values()}
@@ -53,6 +54,11 @@ def export(model: str | Path, out: str | Path, dtype: str = "float32") -> dict[s
     general = {"general.type": "model", "general.name": target.stem, "general.file_type": FILE_TYPES[kind.name]}
     if kind.form:
         general["general.quantization_version"] = 2
+    stated = origin(model)
+    if "license" in stated:
+        general["general.license"] = stated["license"][0]
+    if "language" in stated:
+        general["general.languages"] = stated["language"]
     keys |= general | tokenizer_metadata(tokenizer, config.vocab_size)
     factors = rope_factors(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(network, lambda name: None, factors)}
@@ -65,7 +71,7 @@ def export(model: str | Path, out: str | Path, dtype: str = "float32") -> dict[s
     return {
         "model": str(out), "architecture": keys["general.architecture"], "type": kind.name,
         "parameters": sum(prod(entry.shape) for entry in entries), "bytes": target.stat().st_size, "remarks": remarks,
-        "next": f"twelve chat {out}",
+        "next": command("twelve", "chat", out),
     }  # fmt: skip
 
 

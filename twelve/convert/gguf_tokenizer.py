@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from twelve.convert.gguf import GGUFFile
 from twelve.convert.gguf_config import SPECIALS
-from twelve.data.tokenizer import Tokenizer
+from twelve.data.tokenizer import KNOWN_ENDS, Tokenizer
 from twelve.errors import InputError
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
@@ -39,6 +39,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 GPT2 = ("gpt-2", "smollm")  # then as GPT-2 cuts, which is what ByteLevel does by itself
+STOPS = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")  # ends besides eos that no reader knows by name
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is taken whole, whatever the merges give
 
 
@@ -71,6 +72,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
             backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
         special_ids = {key: data.get(f"tokenizer.ggml.{stored}_token_id") for key, stored in SPECIALS.items()}
         names = {key: by_id[index] for key, index in special_ids.items() if index is not None}
+        stops = [data[key] for key in STOPS if data.get(key) in by_id]
         if data.get("tokenizer.ggml.add_bos_token", split in WHOLE_WORDS):
             first = names["bos"]
             backend.post_processor = processors.TemplateProcessing([first, "$A"], None, [(first, special_ids["bos"])])
@@ -79,7 +81,7 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
         raise InputError(f"{path}: the tokenizer is damaged ({reason})") from error
     backend.pre_tokenizer = _cutting(split)
     backend.decoder = decoders.ByteLevel()
-    return Tokenizer.from_json(backend.to_str(), chat_template=template, **names)
+    return Tokenizer.from_json(backend.to_str(), chat_template=template, stop_ids=stops, **names)
 
 
 def _cutting(split: str) -> pre_tokenizers.PreTokenizer:
@@ -123,6 +125,10 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     }
     for key, stored in SPECIALS.items():
         values[f"tokenizer.ggml.{stored}_token_id"] = getattr(tokenizer, f"{key}_id")
+    own = sorted(index for index in tokenizer.stop_ids - {tokenizer.eos_id} if tokens[index] not in KNOWN_ENDS)
+    if len(own) > len(STOPS):
+        raise InputError(f"this tokenizer ends texts with {len(own)} tokens of its own; a GGUF file names {len(STOPS)}")
+    values |= dict(zip(STOPS, own, strict=False))
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -307,6 +307,11 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if any(isinstance(value, dict) for value in rope.values()):
             raise InputError("config: rope parameters that differ between layers are not supported")
+        for key, value in rope.items():
+            if (type(value) is bool and key != "truncate") or (type(value) is float and not math.isfinite(value)):
+                raise InputError(f"config: {key} {value} is no possible value")
+            if isinstance(value, str) and key not in ("rope_type", "type"):
+                raise InputError(f"config: {key} must be a number, not {value!r}")
         for key, only in (("partial_rotary_factor", 1.0), ("moe_layer_freq", 1)):
             if values.get(key, rope.get(key)) not in (None, only):
                 raise InputError(f"config: {key} {values.get(key, rope.get(key))} is not supported, only {only}")

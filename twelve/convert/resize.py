@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from twelve.config import ModelConfig
-from twelve.convert.experts import with_experts
+from twelve.convert.experts import PER_TOKEN, with_experts
+from twelve.convert.huggingface import LARGE
 from twelve.convert.importance import WINDOWS, drawn, influence
 from twelve.convert.width import with_width
 from twelve.data.tokenizer import Tokenizer
 from twelve.data.windows import WINDOW, calibration
 from twelve.errors import InputError
+from twelve.heap import memory
 from twelve.model import Transformer
 from twelve.model.engram import EngramMemory
 from twelve.quantize import forms_of
@@ -46,7 +48,7 @@ def resize(
     `InputError` for packed weights, more layers or another width with hyper-connections, sizes that cannot be, and what
     `calibration` refuses.
     """
-    _check(model, layers, width, tokenizer, texts)
+    _check(model, layers, width, experts, tokenizer, texts)
     model, depth = model.eval(), model.config.num_hidden_layers
     if texts:
         ids = calibration(tokenizer, texts, min(WINDOW, model.config.max_position_embeddings))
@@ -66,14 +68,20 @@ def resize(
 
 
 def _check(
-    model: Transformer, layers: int | None, width: int | None, tokenizer: Tokenizer | None, texts: Sequence[str | Path]
+    model: Transformer, layers: int | None, width: int | None, experts: int | None, tokenizer: Tokenizer | None,
+    texts: Sequence[str | Path],
 ) -> None:
     config = model.config
     if forms_of(model):
         raise InputError("packed weights cannot be resized: `twelve convert MODEL --out FOLDER` makes floats of them")
-    for name, value in (("layers", layers), ("width", width)):
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} is not possible: ask for 1 or more")
+    for name, value, least in (("layers", layers, 1), ("width", width, 1), ("experts", experts, 0)):
+        if value is not None and not least <= value <= LARGE:
+            raise InputError(f"--{name} {value} is not possible: ask for {least:,} to {LARGE:,}")
+    grown = max(1, (layers or 1) / config.num_hidden_layers) * max(1, (width or 1) / config.hidden_size) ** 2
+    grown *= max(1, (experts or 1) / (config.n_routed_experts or PER_TOKEN + 1))  # parts of a dense layer
+    weights = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name.startswith("layers."))
+    if (needed := grown * weights) > memory()[0]:
+        raise InputError(f"a model of that size has about {needed / 2**30:,.0f} GiB of weights, more than the memory")
     if config.hc_mult > 1 and ((layers or 0) > config.num_hidden_layers or width not in (None, config.hidden_size)):
         raise InputError("hyper-connections allow fewer layers and other experts, not more layers or another width")
     if texts and tokenizer is None:
