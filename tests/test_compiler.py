@@ -61,6 +61,15 @@ def test_a_folder_in_which_nothing_may_run_is_no_reason_to_compile_again(make, t
     assert told.startswith("twelve: going on without that, more slowly: ") and told.count("\n") == 1
 
 
+def test_the_compiler_may_have_arguments(make, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "'g++' -DSHIPS=12")
+    assert make('extern "C" int twelve() { return SHIPS; }').twelve() == 12
+    assert compiler.cxx() == [shutil.which("g++"), "-DSHIPS=12"]
+    for wrong in ("no-such-compiler -O2", "'g++"):
+        monkeypatch.setenv("CXX", wrong)
+        assert compiler.cxx() is None and make(TWELVE) is None
+
+
 def test_a_library_is_on_the_disk_before_it_has_its_name(make, monkeypatch):
     done = []
     for name in ("fsync", "replace"):

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,13 @@ def compile_library(name: str, source: Path, others: list[Path], message: str) -
     `message` is printed before it is compiled, which happens once for a source, a compiler and a processor.
     TWELVE_NATIVE=0 in the environment makes it None.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = cxx()
     if compiler is None or os.environ.get("TWELVE_NATIVE") == "0":
         return None
     cache = cache_folder()
     texts = [file.read_text() for file in (source, *others)]
     # -march=native: a home folder may be shared by machines with different processors
-    key = hashlib.sha256("\n".join([*texts, compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*texts, *compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
     target = cache / f"{name}-{key}.so"
     try:
         if target.exists():
@@ -37,11 +38,21 @@ def compile_library(name: str, source: Path, others: list[Path], message: str) -
                 if not os.access(target, os.X_OK):  # nothing in this folder may run, a new one neither
                     raise
         print(f"twelve: {message}", file=sys.stderr)
-        _compile([compiler, *FLAGS, str(source)], target)
+        _compile([*compiler, *FLAGS, str(source)], target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.SubprocessError) as error:
         print(f"twelve: going on without that, more slowly: {_reason(error)}", file=sys.stderr)
         return None
+
+
+def cxx() -> list[str] | None:
+    """The command that compiles C++: what CXX names, arguments included, or g++; None where that is not there."""
+    try:
+        command = shlex.split(os.environ.get("CXX") or "g++")
+    except ValueError:  # a quotation mark without an end
+        return None
+    found = shutil.which(command[0]) if command else None
+    return found and [found, *command[1:]]
 
 
 def _compile(command: list[str], target: Path) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import textwrap
@@ -169,7 +170,9 @@ def _compiler(machine: Machine) -> Iterator[Finding]:
     if os.environ.get("TWELVE_NATIVE") == "0":
         yield Finding("compiler", SLOW, f"TWELVE_NATIVE=0 turns the kernels off, {slow}", "unset TWELVE_NATIVE")
     elif machine.compiler is None:
-        yield Finding("compiler", SLOW, f"there is no C++ compiler, {slow}",
+        named = os.environ.get("CXX")
+        missing = f"CXX names {named!r}, which is not there" if named else "there is no C++ compiler"
+        yield Finding("compiler", SLOW, f"{missing}, {slow}",
                       "install g++ (Debian, Ubuntu: sudo apt install g++), or name one in CXX")  # fmt: skip
     else:
         why = f"{machine.compiler} cannot build the kernels ({_complaint(machine.compiler)}), {slow}"
@@ -254,7 +257,7 @@ def _swapped() -> int:
 
 def _complaint(compiler: str) -> str:
     """What the compiler says to a program that needs no more than our options."""
-    command = [compiler, *FLAGS, "-x", "c++", "-", "-o", os.devnull]
+    command = [*shlex.split(compiler), *FLAGS, "-x", "c++", "-", "-o", os.devnull]
     try:
         done = subprocess.run(command, input="#include <omp.h>\n", capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:

@@ -19,7 +19,9 @@ def _number(kind: type, accepts: Callable[[float], bool], wanted: str) -> Callab
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and accepts(value)):
+        if math.inf > abs(value) > MOST:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large a number")
+        if not (abs(value) <= MOST and accepts(value)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 

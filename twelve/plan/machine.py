@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import shutil
+import shlex
 import statistics
 import tempfile
 import time
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from twelve.compiler import cache_folder
+from twelve.compiler import cache_folder, cxx
 from twelve.errors import InputError
 from twelve.files import free_bytes, read_json, write_json
 from twelve.heap import memory
@@ -30,7 +30,7 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds are medians of several measurements with `threads` threads; free memory and disk are of this moment."""
+    """Speeds are medians of several measurements with `threads` threads; compiler and free space are of now."""
 
     host: str
     processor: str
@@ -41,7 +41,7 @@ class Machine:
     memory_gb_s: float  # read and written in a large copy
     disk_gb_s: float  # written to the cache folder and synced
     gpus: list[dict[str, Any]]  # {"name", "memory" in bytes, "gflops" of bfloat16}
-    compiler: str | None  # for C++
+    compiler: str | None  # the command for C++
     memory_total: int  # bytes, no more than a container's limit
     memory_available: int
     disk_free: int  # bytes in the working folder
@@ -64,7 +64,10 @@ def measure(refresh: bool = False) -> Machine:
             write_json(path, known)
     total, available = memory()
     free = free_bytes(".")
-    return replace(Machine(**known[key]), memory_total=total, memory_available=available, disk_free=free)
+    compiler = shlex.join(cxx() or ()) or None
+    return replace(
+        Machine(**known[key]), compiler=compiler, memory_total=total, memory_available=available, disk_free=free
+    )
 
 
 def product_speed(clock: Callable[[], float]) -> float:
@@ -104,7 +107,7 @@ def _measured() -> Machine:
         torch=torch.__version__,
         gflops={name: round(_work() / seconds / 1e9, 1) for name, seconds in middle.items()},
         memory_gb_s=round(copy, 2), disk_gb_s=round(_disk(), 3), gpus=list(_gpus()),
-        compiler=shutil.which(os.environ.get("CXX", "g++")), memory_total=0, memory_available=0, disk_free=0,
+        compiler=None, memory_total=0, memory_available=0, disk_free=0,
     )  # fmt: skip
 
 
