@@ -115,6 +115,7 @@ def test_changes_that_are_right_after_all_are_left_out(answer, seed):
         ("3:45", "03:45", True), ("1, 2", "[1,2]", True), ("1, 2", "2, 1", False), ("Monday", "monday", True),
         ("2*6", "6*2", True), ("2*6", "6+6", True), ("2*6", "2+6", False), ("2*6", "2*(6", False),
         ("2*6", "6/0", False), ("5 km", "5", False), ("5 km", "5 m", False),
+        ("5.0 km", "5. km", True), ("5 km", "6 km", False), ("0개", "-0개", True),
     ],
 )  # fmt: skip
 def test_the_independent_check(answer, given_text, right):

@@ -72,6 +72,7 @@ def test_each_kind_of_collapse_is_told(bad, said):
     assert health.collapse(good + [healthy(**bad)] * (health.WINDOW - 1)) is None  # not long enough
     assert said in health.collapse(good + [healthy(**bad)] * health.WINDOW)
     assert health.collapse(good + [healthy(accuracy=0.99, entropy=0.001)] * health.WINDOW) is None  # solved
+    assert health.collapse(good + [healthy(accuracy=0.9, unparsed=0.95)] * health.WINDOW) is None  # wants no marks
 
 
 def test_memory_is_divided_and_a_limit_is_kept_or_refused(tokenizer):

@@ -18,6 +18,7 @@ from twelve.files import read_json, sha256
 from twelve.posttrain import judge as judging
 from twelve.posttrain import recipes, teacher, traces
 from twelve.posttrain.curriculum import Cell
+from twelve.posttrain.distill import distill
 from twelve.posttrain.recipes import RECIPES, follow
 from twelve.posttrain.reinforcement import Reinforcement
 from twelve.posttrain.stages import Progress
@@ -320,6 +321,16 @@ def test_a_folder_of_another_run_is_refused(finished, room):
     _, out = finished
     with pytest.raises(InputError, match="1-cold-start holds a run without a recipe"):
         follow(room.model, out / "1-cold-start", room.task, "r1", **SHORT)
+
+
+@pytest.mark.parametrize("name", ["README.md", "report.html", "chat_template.jinja"])
+def test_files_of_others_stay(room, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds a {name} that is no"):
+        follow(room.model, tmp_path, room.task, "r1-zero", **SHORT)
+    with pytest.raises(InputError, match=f"holds a {name} that is no"):
+        distill([room.model], tmp_path, task=room.task, layers=[1], steps=1, quiet=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_other_options_are_refused_but_more_minutes_are_not(tmp_path):

@@ -198,6 +198,8 @@ def test_a_file_to_learn_from_and_one_to_be_measured_by(base, tmp_path):
         with pytest.raises(InputError, match=rf"nothing here is for {missing}; name a task .* FILE.jsonl#{missing}"):
             rl(base, tmp_path / "none", [one], steps=1, **SMALL)
     assert [cell.task for cell in cells_of(task[:1], None, None, ("train",))] == task[:1]
+    with pytest.raises(InputError, match="train.jsonl#train and .*train.jsonl#test hold the same problems"):
+        cells_of([task[0], task[0].replace("#train", "#test")], None, None)
     with pytest.raises(InputError, match="#test is for test only"):
         cells_of(task, None, None, ("train",))
 

@@ -2,15 +2,17 @@
 
 import json
 import os
+import sys
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from twelve import tasks
 from twelve.errors import InputError
-from twelve.tasks import adapters
+from twelve.tasks import adapters, gym
 from twelve.tasks.problem import Problem, is_held_out
 from twelve.tasks.worker import DIED, LATE, Worker
 
@@ -103,7 +105,8 @@ def test_shapes_of_generate_without_a_scorer(write, generate):
     [
         ("MAX_TOKENS = '64'", "MAX_TOKENS must be a whole number"), ("MAX_TOKENS = -3", "MAX_TOKENS must be"),
         ("MAX_TOKENS = 2.5", "MAX_TOKENS must be"), ("SYSTEM = 5", "SYSTEM must be text"),
-        ("EXAMPLES = [('a', 'b', 'c')]", "EXAMPLES must be pairs"),
+        ("EXAMPLES = [('a', 'b', 'c')]", "EXAMPLES must be pairs"), ("LEVELS = 3", "LEVELS must be .*not 3"),
+        ("LEVELS = ('easy', 'hard')", "LEVELS must be"), ("LEVELS = (0, 1)", "LEVELS must be"),
     ],
 )  # fmt: skip
 def test_what_a_file_says_of_itself_is_checked(write, line, words):
@@ -281,11 +284,13 @@ def test_rows_of_the_known_shapes(write):
         {"problem": "Halve 1.", "solution": "It is \\boxed{\\frac{1}{2}}."},
         {"problem": "Who?", "solution": "Thus.", "answer": "Anna"},
         {"question": "하나 더하기 이천은?", "answer": "2,001"},
+        {"question": "Which one?", "answer": "Python 18.0"},
     ), "rows.jsonl") + "#train"  # fmt: skip
     found = {problem.question: problem for problem in islice(tasks.problems(name, "train"), 20)}
     assert {question: (problem.steps, problem.answer) for question, problem in found.items()} == {
         "Two and two?": ("2 + 2 = 4", "4"), "He had 3. How many?": ("", "51"), "Who?": ("Thus.", "Anna"),
         "Halve 1.": ("It is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), "하나 더하기 이천은?": ("", "2,001"),
+        "Which one?": ("", "Python 18.0"),
     }  # fmt: skip
     right_ones = {"Two and two?": "4", "Halve 1.": "0.5", "Who?": "anna", "하나 더하기 이천은?": "2001"}
     for question, answer in right_ones.items():
@@ -294,6 +299,11 @@ def test_rows_of_the_known_shapes(write):
     tasks.check(name)
     with pytest.raises(InputError, match="rows.jsonl#train is for train only"):
         next(tasks.problems(name, "test"))
+
+
+def test_a_byte_order_mark_is_none_of_the_row(write):
+    name = write("\ufeff" + rows({"question": "x?", "answer": 1}), "rows.jsonl") + "#train"
+    assert next(tasks.problems(name, "train")).question == "x?"
 
 
 def test_rows_are_split_by_content_or_as_told(write):
@@ -335,6 +345,21 @@ def test_real_files(shared_data):
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_reasoning_gym_do_not_meet(monkeypatch):
+    """Nor do they go beyond what numpy takes."""
+    asked = []
+    factory = SimpleNamespace(DATASETS=["x"])
+    row = {"question": "?", "answer": "1"}
+    made = SimpleNamespace(create_dataset=lambda kind, seed, size: asked.append(seed) or [row])
+    monkeypatch.setitem(sys.modules, "reasoning_gym", made)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+    generate = gym.functions("gym:x")["generate"]
+    for seed in range(3):
+        for number in range(200):
+            generate(seed << 32 | number, 1, "en")
+    assert len(set(asked)) == 600 and max(asked) < 2**31
 
 
 def test_reasoning_gym():

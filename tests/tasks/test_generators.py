@@ -84,6 +84,15 @@ def test_nothing_of_the_test_is_in_training(name):
     assert {problem.language for problem in test} == {"ko", "en"} and {problem.level for problem in test} == set(levels)
 
 
+def test_questions_that_read_alike_are_one():
+    """Whatever order the names of a puzzle were drawn in."""
+    keys = {}
+    for seed in range(20_000):
+        problem = tasks.get("logic").generate(seed, 1, "en")
+        assert keys.setdefault(problem.question, problem.key) == problem.key
+    assert len(keys) < 19_000  # some came twice
+
+
 # --- harder from level to level ---------------------------------------------------------------------------------------
 
 
@@ -122,8 +131,11 @@ def test_levels_are_strictly_harder(name):
 
 def test_countdown_takes_every_valid_expression():
     problem = tasks.Problem("countdown", "en", 2, "?", "", "(3+5)*4", {"numbers": [3, 5, 4, 8], "target": 32})
-    for right in ("(3+5)*4", "4 * (5 + 3)", "8*4", "4×8", "(3+5)*4=32", "-(-8*4)", "8*(3+5-4)"):
+    for right in ("(3+5)*4", "4 * (5 + 3)", "8*4", "4×8", "(3+5)*4=32", "-(-8*4)", "8*(3+5-4)",
+                  "32 = 8*4", r"8 \times 4", r"$8\cdot4$", r"8\times(3+5-4)"):  # fmt: skip
         assert countdown.score(problem, f"<answer>{right}</answer>") == 1, right
+    for wrong in ("32=32", "33=8*4", r"8\timesx4"):
+        assert countdown.score(problem, f"<answer>{wrong}</answer>") == 0, wrong
     for wrong in ("32", "8*4=33", "4*4+4*4", "8*4+0", "2**5", "8*4#", "(8*4", "8//1*4", "8*4;1", "4**2+16", "8*04",
                   "[8*4]", "(" * 150 + "8*4" + ")" * 150, "8*4+1-1", "__import__('os')", "8*4.0", "8 4", "", "3/(5-5)",
                   "٨*4", "8/(5-4-3/4)", "(" * 200, "-" * 190 + "8"):  # fmt: skip
@@ -188,7 +200,7 @@ def test_sorting_by_sorting():
 
 def test_sorted_numbers_may_be_written_in_other_ways():
     task, problem = tasks.get("sorting"), tasks.Problem("sorting", "en", 1, "?", "", "3, 15, 27")
-    for text in ("3, 15, 27", "3 15 27", "[3, 15, 27]", "3,15,27"):
+    for text in ("3, 15, 27", "3 15 27", "[3, 15, 27]", "3,15,27", "3, 15, 27.", "$3, 15, 27$", "3\n15\n27"):
         assert task.score(problem, f"<answer>{text}</answer>") == 1
     for text in ("31527", "3, 15", "3, 27, 15", "3, 15, 27, 27", "3.15.27", "3, 15, 27 or 3, 27, 15", "03, 15, 27"):
         assert task.score(problem, f"<answer>{text}</answer>") == 0
@@ -241,7 +253,7 @@ def test_leading_zeros_of_times_and_dates():
     task = tasks.get("calendar_clock")
     for answer, same, other in (("09:05", "9:05", "9:5"), ("2024-03-05", "2024-3-5", "2024-05-03")):
         problem = tasks.Problem("calendar_clock", "en", 2, "?", "", answer)
-        assert task.score(problem, f"<answer>{same}</answer>") == 1
+        assert task.score(problem, f"<answer>{same}</answer>") == task.score(problem, f"<answer>{same}.</answer>") == 1
         assert task.score(problem, f"<answer>{other}</answer>") == 0
 
 
@@ -341,9 +353,11 @@ def test_code_is_judged_wherever_it_stands(monkeypatch):
     problem = code.generate(0, 1, "en")
     block = f"```python\n{problem.answer}\n```"
     for text in (problem.messages()[1]["content"], block, f"<answer>{block}</answer>", f"so:\n{block}\nas asked",
-                 f"```\nno\n```\n{block}", f"<think>```python\nx\n```</think>{block}"):  # fmt: skip
+                 f"```\nno\n```\n{block}", f"<think>```python\nx\n```</think>{block}",
+                 f"{block}\nIt prints\n```\n[1]\n```", f"```text\n[1]\n```\n{block}", f"{block}\n```py\ncut off",
+                 block.replace("python", "Python3"), block.replace("\n", "\r\n")):  # fmt: skip
         assert code.score(problem, text) == 1
-        assert judged[-1].strip() == problem.answer
+        assert judged[-1].strip().replace("\r", "") == problem.answer
     count = len(judged)
     for text in ("", problem.answer, f"<think>{block}", f"<think>{block}</think>", "<answer></answer>"):
         assert code.score(problem, text) == 0, text

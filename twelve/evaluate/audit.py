@@ -35,6 +35,7 @@ FORMS: dict[str, Callable[[str], str]] = {
     "reasoned": "<think>Let me see.</think>\n<answer>{}</answer>".format,
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+BEGINNING = re.compile(r"(-?\d+(?:\.\d*)?)(.*)", re.DOTALL)
 WIDE = str.maketrans("0123456789", "０１２３４５６７８９")
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 Tried = tuple[str, Problem, str]  # kind, problem, text
@@ -208,15 +209,12 @@ def might_be_right(problem: Problem, given: str) -> bool:
     It errs on the side of leaving out. Several answers to a problem are known by the data that our own tasks keep.
     """
     right = str(problem.answer)
-    if _number(right) is not None and _number(given) is not None:
-        return _number(right) == _number(given)
+    one, other = (BEGINNING.match(text.strip()) for text in (right, given))
+    if one and other and one[2].strip() == other[2].strip():
+        return Fraction(one[1]) == Fraction(other[1])
     if "target" in problem.data:
         return _value(given) == problem.data["target"]
     return _words(right) == _words(given)
-
-
-def _number(text: str) -> Fraction | None:
-    return Fraction(text) if NUMBER.fullmatch(text) else None
 
 
 def _words(text: str) -> list[str]:

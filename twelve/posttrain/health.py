@@ -39,14 +39,14 @@ def collapse(rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     parts = rows[:WINDOW], rows[-WINDOW:]
     first, last = ({name: mean(row[name] for row in part) for name in NAMES} for part in parts)
-    worse = last["accuracy"] < first["accuracy"]
+    worse, better = last["accuracy"] < first["accuracy"], last["accuracy"] > first["accuracy"]
     if last["entropy"] < 0.02 * first["entropy"] and last["accuracy"] < 0.9:
         return f"its entropy fell from {first['entropy']:.3g} to {last['entropy']:.3g} nats: all answers are the same"
     if last["length"] < 0.2 * first["length"] and worse:
         return f"its answers shrank from {first['length']:.0f} to {last['length']:.0f} tokens and got worse"
     for name, said in (("cut", "run into the limit of tokens"), ("unparsed", "hold no final answer"),
                        ("repeating", "end in a loop")):  # fmt: skip
-        if last[name] > 0.8 and first[name] < 0.5:
+        if last[name] > 0.8 and first[name] < 0.5 and not better:
             return f"{last[name]:.0%} of its answers {said}, at first {first[name]:.0%}"
     if last["accuracy"] < 0.25 * first["accuracy"] and first["accuracy"] > 0.1:
         return f"the share of right answers fell from {first['accuracy']:.1%} to {last['accuracy']:.1%}"

@@ -103,7 +103,7 @@ def open_judge(url: str, model: str | None, prompts: str | Path, tokenizer: Toke
 def read_prompts(path: str | Path) -> list[list[dict[str, Any]]]:
     """Conversations of a JSONL file whose rows hold a `prompt` or `messages` that end with the user's."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # a string may hold other ends of lines
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a string may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8'}") from error
     conversations = []

@@ -24,7 +24,7 @@ from twelve.posttrain.grpo import Objective
 from twelve.posttrain.judge import Judge, open_judge
 from twelve.posttrain.recipe_report import card, figures, measure, publish, write_report
 from twelve.posttrain.rl import ADAPTERS_FROM, MAX_TOKENS, MINUTES, RANK, cells_of, rl
-from twelve.posttrain.stages import Progress
+from twelve.posttrain.stages import Progress, require_empty
 from twelve.posttrain.teacher import open_teacher
 from twelve.posttrain.traces import NothingPassed, collect, problem_stream, read_traces, select, write_traces
 from twelve.train.plan import Plan
@@ -111,10 +111,13 @@ def follow(
     with FolderLock(folder):
         if Plan.load(folder) is not None:
             raise InputError(f"{folder} holds a run without a recipe: name another folder with --out")
+        begun = (folder / "recipe.json").exists()
         progress = Progress(folder / "recipe.json", options, free=("minutes",))
         if (folder / "config.json").exists():
             known = f"is complete: `twelve chat {folder}`, or" if progress.stages else "holds a model already:"
             raise InputError(f"{folder} {known} name another folder with --out")
+        if not begun:
+            require_empty(folder)
         max_tokens = max_tokens or max(getattr(tasks.get(name), "MAX_TOKENS", None) or MAX_TOKENS for name in task)
         config = convert.load_config(source)
         opened = None

@@ -126,6 +126,7 @@ def cells_of(
     ]
     for name in task:
         tasks.check(name)
+    _require_apart(task)
     for split in splits:
         if not serving(split, cells):
             names = ", ".join(dict.fromkeys(cell.task for cell in cells))
@@ -138,6 +139,18 @@ def cells_of(
                     "may fall to one side (one in ten is for measuring); give it more, or another level or language"
                 )
     return cells
+
+
+def _require_apart(task: Sequence[str]) -> None:
+    """InputError for one file under FILE#train and FILE#test, which would measure on what was trained on."""
+    parts = {split: [name for name in task if name.endswith(f"#{split}")] for split in ("train", "test")}
+    digests = {tasks.fingerprints([name]).get(name): name for name in parts["train"]}
+    for name in parts["test"]:
+        if (digest := tasks.fingerprints([name]).get(name)) in digests:
+            raise InputError(
+                f"{digests[digest]} and {name} hold the same problems: name the file without # and one row in ten is "
+                "held out, or give another file for testing"
+            )
 
 
 def trained_on(cells: Sequence[Cell]) -> list[str]:

@@ -8,8 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from twelve import tasks
+from twelve.convert import check_place
 from twelve.errors import InputError
 from twelve.files import read_json, write_json
+
+
+def require_empty(folder: Path) -> None:
+    """InputError for files in the way of a run that begins: those of others, and a report."""
+    check_place(folder)
+    if (folder / "report.html").exists():
+        raise InputError(f"{folder} holds a report.html that is no run's of ours: name another folder with --out")
 
 
 class Progress:

@@ -137,7 +137,7 @@ class JsonlTask:
 
 def _rows(path: Path, name: str) -> list[Problem]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a string may hold other ends of lines
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a string may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     rows = []
@@ -168,7 +168,7 @@ def _row(row: Any, name: str, place: str) -> Problem:
     if isinstance(answer, float) and not math.isfinite(answer):
         raise InputError(f"{place}: the answer is no number")
     told = valid(str(answer).strip())
-    told = re.sub(r"(?<=[0-9])\.0+$", "", told)  # SVAMP writes 51.0
+    told = re.sub(r"\A(-?[0-9][0-9,]*)\.0+\Z", r"\1", told)  # SVAMP writes 51.0
     language = "ko" if re.search("[가-힣]", question) else "en"
     steps = re.sub("<<[^<>]*>>", "", steps).strip()
     return Problem(name, language, 1, question, steps, told, key=question)

@@ -13,7 +13,7 @@ from datetime import date, time
 from random import Random
 
 from twelve.tasks.problem import Problem, check
-from twelve.tasks.verify import answer_score, final_answer
+from twelve.tasks.verify import answer_score, final_answer, plain
 
 LARGEST_LEVEL = 6
 DAY = 24 * 60  # minutes
@@ -80,7 +80,7 @@ def score(problem: Problem, text: str) -> float:
     """1 for the exact answer, else 0. Leading zeros of a time or date may be missing."""
     if isinstance(problem.answer, int) or not problem.answer[0].isdigit():
         return answer_score(problem.answer, text)
-    given = final_answer(text) or ""
+    given = plain(final_answer(text) or "")
     pattern = r"\d{1,2}:\d\d" if ":" in problem.answer else r"\d{4}-\d{1,2}-\d{1,2}"
     if not re.fullmatch(pattern, given, re.ASCII):
         return 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -13,7 +12,7 @@ from twelve.tasks.sandbox import run_tests
 from twelve.tasks.verify import final_answer
 
 LARGEST_LEVEL = 5
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+PYTHON = ("python", "python3", "py")  # what a fence may say
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,23 @@ def generate(seed: int, level: int, language: str) -> Problem:
 
 def score(problem: Problem, text: str) -> float:
     """1 if the code passes the tests, else 0. Code is what the last ```python block holds, of the answer if there is
-    one, or else the answer itself."""
+    one, or else the last block of no language, or else the answer itself."""
     said = text.rpartition("</think>")[2].partition("<think>")[0]
     answer = final_answer(said) if "<answer>" in said else None
-    blocks = FENCED.findall(said if answer is None else answer)
-    source = blocks[-1] if blocks else answer
+    source = _fenced(said if answer is None else answer) or answer
     return float(bool(source) and run_tests(source, problem.data["tests"]))
+
+
+def _fenced(text: str) -> str | None:
+    """The last block that says that it is Python, or else the last that says nothing."""
+    parts = text.split("```")
+    found: dict[bool, str] = {}
+    for block in parts[1 : len(parts) - 1 : 2]:  # the last part is outside, or its fence is not closed
+        tag, line, source = block.partition("\n")
+        tag = tag.strip().lower()
+        if line and (tag in PYTHON or not tag):
+            found[bool(tag)] = source
+    return found.get(True, found.get(False))
 
 
 def _run(chosen: list[tuple[Step, int]], numbers: list[int]) -> list[list[int] | int]:

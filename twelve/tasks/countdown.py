@@ -11,7 +11,7 @@ from random import Random
 
 from twelve.tasks.korean import Noun
 from twelve.tasks.problem import Problem, check
-from twelve.tasks.verify import final_answer
+from twelve.tasks.verify import final_answer, plain
 
 LARGEST_LEVEL = 5
 NUMBERS = range(2, 26)
@@ -19,6 +19,7 @@ TARGETS = (range(4, 51), range(10, 101), range(20, 201), range(100, 501), range(
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 WRITTEN = str.maketrans({"×": "*", "÷": "/", "−": "-", "·": "*"})
+TIMES = re.compile(r"\\(times|cdot|div)(?![a-zA-Z])")  # of LaTeX
 LONGEST = 200  # characters of an answer that is read
 
 
@@ -45,8 +46,10 @@ def generate(seed: int, level: int, language: str) -> Problem:
 
 
 def score(problem: Problem, text: str) -> float:
-    """1 for any expression (or expression = target) that makes the target of the given numbers, else 0."""
-    expression, _, claimed = (final_answer(text) or "").translate(WRITTEN).partition("=")
+    """1 for any expression that makes the target of the given numbers, else 0. "= target" may stand on a side of it."""
+    expression, equals, claimed = TIMES.sub(_sign, plain(final_answer(text) or "").translate(WRITTEN)).partition("=")
+    if equals and expression.strip() == str(problem.data["target"]):
+        expression, claimed = claimed, expression
     if claimed and claimed.strip() != str(problem.data["target"]):
         return 0.0
     found = evaluate(expression)
@@ -54,6 +57,10 @@ def score(problem: Problem, text: str) -> float:
         return 0.0
     value, used = found
     return float(value == problem.data["target"] and used <= Counter(problem.data["numbers"]))
+
+
+def _sign(found: re.Match[str]) -> str:
+    return "/" if found[1] == "div" else "*"
 
 
 def evaluate(expression: str) -> tuple[Fraction, Counter[int]] | None:

@@ -6,6 +6,7 @@ give half a point or more to a text that merely holds the answer, 5005 for 500.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,7 @@ def functions(name: str) -> dict[str, Callable]:
         return {"levels": [1], "languages": ["en"], "system": None, "examples": [], "max_tokens": None, "scores": True}
 
     def generate(seed: int, level: int, language: str) -> dict[str, Any]:
-        seed %= 2**31 - 1  # numpy, which some use, takes 32 bits
+        seed = zlib.crc32(f"{seed}".encode()) >> 1  # numpy, which some use, takes 32 bits; a rest would repeat itself
         made = entry(seed)[1]
         answer = made["answer"]
         return {

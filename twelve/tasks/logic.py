@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
 
@@ -24,6 +25,7 @@ PLACES = (
     ("fifth ", "다섯 번째로"), ("sixth ", "여섯 번째로"), ("seventh ", "일곱 번째로"),
 )  # fmt: skip
 Statement = tuple[int, int, bool]  # who speaks, of whom, and whether he calls him a liar
+Told = tuple[str, Sequence[int]]  # what a question says but for the names, and whose come in which order
 
 
 def generate(seed: int, level: int, language: str) -> Problem:
@@ -33,8 +35,8 @@ def generate(seed: int, level: int, language: str) -> Problem:
     people = draw.sample(PEOPLE, level + 2)
     names = [Noun(person[language == "ko"]) for person in people]
     make = draw.choice((_order, _liar))
-    question, steps, answer, key = make(draw, names, language)
-    key = f"{key} {' '.join(english for english, _ in people)}"
+    question, steps, answer, (said, order) = make(draw, names, language)
+    key = f"{said} {' '.join(people[index][0] for index in order)}"  # of a question, in whatever order names were drawn
     return Problem("logic", language, level, question, "\n".join(steps), str(names[answer]), key=key)
 
 
@@ -43,7 +45,7 @@ def score(problem: Problem, text: str) -> float:
     return answer_score(problem.answer, text)
 
 
-def _order(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str], int, str]:
+def _order(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str], int, Told]:
     """Neighbours are compared, so only one order is possible. The steps join a clue at a time to the chain."""
     kind, order = draw.choice(list(ORDERS)), draw.sample(range(len(names)), len(names))
     clues = list(pairwise(order))
@@ -70,10 +72,10 @@ def _order(draw: Random, names: list[Noun], language: str) -> tuple[str, list[st
         clue = next(clue for clue in left if clue[1] == chain[0] or clue[0] == chain[-1])
         left.remove(clue)
         chain = [clue[0], *chain] if clue[1] == chain[0] else [*chain, clue[1]]
-    return " ".join(told), steps, order[place], f"{kind} {order} {place}"
+    return " ".join(told), steps, order[place], (f"{kind} {place}", order)
 
 
-def _liar(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str], int, str]:
+def _liar(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str], int, Told]:
     """Everyone speaks once of another. The steps suppose of each in turn that he is the liar, and say whose words would
     then be true (1) and whose false (0)."""
     people = range(len(names))
@@ -96,7 +98,7 @@ def _liar(draw: Random, names: list[Noun], language: str) -> tuple[str, list[str
             told.append(f'{names[speaker]} says "{names[other]} is {"" if accused else "not "}a liar".')
         told.append("Who is the liar?")
     steps = [f"{names[person]}: {''.join('1' if true else '0' for true in found[person])}" for person in people]
-    return " ".join(told), steps, liar, f"liar {statements}"
+    return " ".join(told), steps, liar, (f"liar {statements}", people)
 
 
 def _statement(draw: Random, speaker: int, liar: int, people: range) -> Statement:

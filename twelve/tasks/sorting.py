@@ -7,7 +7,7 @@ from random import Random
 
 from twelve.tasks.korean import Noun
 from twelve.tasks.problem import Problem, check
-from twelve.tasks.verify import answer_score, final_answer
+from twelve.tasks.verify import answer_score, final_answer, plain
 
 LARGEST_LEVEL = 10
 NUMBERS = range(1, 100)
@@ -77,7 +77,7 @@ def score(problem: Problem, text: str) -> float:
     """1 for the exact answer, else 0. Commas, blanks or brackets may stand between and around numbers in order."""
     if isinstance(problem.answer, int) or not problem.answer[0].isdigit():
         return answer_score(problem.answer, text)
-    given = (final_answer(text) or "").strip("[]() ")
+    given = plain(final_answer(text) or "").strip("[]() ")
     listed = re.fullmatch(r"\d+([, ]+\d+)*", given, re.ASCII)
     return float(listed is not None and re.findall(r"\d+", given) == problem.answer.split(", "))
 

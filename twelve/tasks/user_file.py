@@ -24,13 +24,14 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from twelve.errors import InputError
+from twelve.files import valid
 from twelve.tasks.problem import LANGUAGES, Problem
 
 FIELDS = {"task", "language", "level", "question", "steps", "answer", "key"}
@@ -57,10 +58,11 @@ def functions(path: str) -> dict[str, Callable]:
     wanted = _arguments(path, module.generate)
 
     def about() -> dict[str, Any]:
-        levels = sorted({int(level) for level in getattr(module, "LEVELS", (1,))})
-        if not levels or levels[0] < 1:
-            raise InputError(f"{path}: LEVELS must be numbers from 1 on")
-        languages = list(getattr(module, "LANGUAGES", LANGUAGES if "language" in wanted else ()))
+        given = getattr(module, "LEVELS", (1,))
+        levels = sorted(set(given), key=str) if isinstance(given, Iterable) else []
+        if not levels or not all(isinstance(level, int) and level >= 1 for level in levels):
+            raise InputError(f"{path}: LEVELS must be numbers from 1 on, like (1, 2, 3); not {given!r:.80}")
+        languages = list(getattr(module, "LANGUAGES", LANGUAGES if "language" in wanted else ()) or ())
         if unknown := [language for language in languages if language not in LANGUAGES]:
             raise InputError(f"{path}: LANGUAGES has {unknown[0]!r}; there are: {', '.join(LANGUAGES)}")
         if not isinstance(getattr(module, "SYSTEM", None), str | None):
@@ -68,12 +70,13 @@ def functions(path: str) -> dict[str, Callable]:
         most = getattr(module, "MAX_TOKENS", None)
         if most is not None and (type(most) is not int or most < 1):
             raise InputError(f"{path}: MAX_TOKENS must be a whole number from 1 on")
-        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in getattr(module, "EXAMPLES", ())):
+        examples = getattr(module, "EXAMPLES", ()) or ()
+        if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in examples):
             raise InputError(f"{path}: EXAMPLES must be pairs of a question and its answer")
-        languages = languages or [generate(0, levels[0], "en")["language"]]
+        languages = languages or [generate(0, min(levels), "en")["language"]]
         return {
-            "levels": levels, "languages": languages, "system": getattr(module, "SYSTEM", None),
-            "examples": [list(map(str, pair)) for pair in getattr(module, "EXAMPLES", ())],
+            "levels": sorted(levels), "languages": languages, "system": getattr(module, "SYSTEM", None),
+            "examples": [list(map(str, pair)) for pair in examples],
             "max_tokens": getattr(module, "MAX_TOKENS", None), "scores": callable(getattr(module, "score", None)),
         }  # fmt: skip
 
@@ -133,14 +136,14 @@ def _fields(path: str, made: Any, level: int, language: str | None) -> dict[str,
     spoken = language or ("ko" if HANGUL.search(given["question"]) else "en")
     return {
         "task": path, "language": given.get("language") or spoken, "level": int(given.get("level") or level),
-        "question": given["question"], "steps": steps if isinstance(steps, str) else "\n".join(map(str, steps)),
+        "question": valid(given["question"]), "steps": steps if isinstance(steps, str) else "\n".join(map(str, steps)),
         "answer": _answer(path, given["answer"]), "data": data, "key": str(given.get("key") or ""),
     }  # fmt: skip
 
 
 def _answer(path: str, answer: Any) -> int | str:
     if isinstance(answer, str | bool | Fraction):
-        return str(answer)
+        return valid(str(answer))
     if isinstance(answer, float) and math.isfinite(answer):
         return int(answer) if answer.is_integer() else repr(answer)
     try:
