@@ -141,15 +141,14 @@ def generate(options: Options) -> None:
 
 
 def serve(options: Options) -> None:
-    from twelve.serve import bind, run
+    from twelve.serve import bind, run, url_of
 
     listening = bind(options.host, options.port)  # a port in use should not cost the time to load a model
     engine = _engine(options)
     name = options.name or os.path.basename(os.path.abspath(options.model))
     with contextlib.ExitStack() as quiet:
         if options.json:
-            host, port = listening.getsockname()[:2]
-            print(json.dumps({"url": f"http://{host}:{port}", "model": name}, ensure_ascii=False), flush=True)
+            print(json.dumps({"url": url_of(listening), "model": name}, ensure_ascii=False), flush=True)
             quiet.enter_context(contextlib.redirect_stdout(sys.stderr))
         run(engine, name, sock=listening)
 
@@ -210,6 +209,8 @@ def _engine(options: Options):
     from twelve.convert import load
     from twelve.engine import make_engine
 
+    if options.cache == "":  # of a variable that is not set
+        raise InputError("--cache names nothing: give it a folder")
     folder = options.cache and os.path.expanduser(options.cache)
     if folder is None and options.cache_disk:
         raise InputError("--cache-disk says how much, not where: name a folder with --cache FOLDER")

@@ -41,7 +41,7 @@ Text and checkable tasks into a model folder, and a model folder into a conversa
   distill     a model folder, or an endpoint, and tasks into a smaller model folder
   eval        bits per byte of text, and accuracy on checkable tasks
   chat        talk to a model here
-  generate    answer one prompt, or one a line of a file
+  generate    continue a text as it stands
   serve       an OpenAI-shaped API and a page, on this machine
   convert     any model that can be read into a Hugging Face folder, or one .gguf file
   quantize    a model into a folder of 8-bit or 4-bit weights

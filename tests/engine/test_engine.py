@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twelve.engine import ContextLengthError, Engine, Request, sub_seed
-from twelve.engine.runner import PAGE
+from twelve.engine.runner import PAGE, make_runner
 from twelve.errors import InputError
 
 PROMPT = "배 열두 척이 새벽에"
@@ -104,6 +104,26 @@ def test_without_a_length_an_answer_ends_where_the_pages_do(engine):
     assert done.prompt_tokens + done.completion_tokens == PAGE and done.finish_reason == "length"
     with pytest.raises(InputError, match="give it more, or ask for fewer tokens"):
         small.generate([ask(small, max_tokens=PAGE)])
+
+
+def test_a_context_larger_than_the_memory_leaves_fewer_pages(engine, monkeypatch):
+    monkeypatch.setattr("twelve.engine.engine.free_memory", lambda model: 2 * engine._page_bytes)
+    small = Engine(engine.model, engine.tokenizer)
+    assert small.context > PAGE and small.pool.count == 1
+    one, other = (each.generate([ask(each, max_tokens=4)])[0].token_ids for each in (small, engine))
+    assert one == other
+
+
+@pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
+def test_memory_that_is_not_there_is_one_line(engine, monkeypatch, error):
+    runner = make_runner(engine.model, engine.tokenizer.vocab_size)
+
+    def allocate(pages):
+        raise error
+
+    monkeypatch.setattr(runner, "allocate", allocate)
+    with pytest.raises(InputError, match="no memory for .* GiB of keys and values: --kv-memory sets less"):
+        Engine(engine.model, engine.tokenizer, runner=runner)
 
 
 @pytest.mark.parametrize("token", [-1, 10**6])

@@ -88,6 +88,27 @@ def test_one_that_stops_waiting_passes_the_turn_on(counter, woken):
     assert counter.steps == 2 and heir in woken
 
 
+def test_one_that_is_woken_to_drive_and_needs_it_no_more_passes_the_turn_on(counter):
+    """As where a client leaves between being chosen and looking for itself."""
+    first, left = counter.wait(1), threading.Event()
+    until(lambda: counter.turns.driving)
+
+    def leaving():
+        me = threading.current_thread()
+        counter.turns.run_until(lambda: left.is_set() and threading.current_thread() is me)
+
+    second = threading.Thread(target=leaving, daemon=True)
+    second.start()
+    until(lambda: len(counter.turns._sleepers) == 1)
+    third = counter.wait(2)
+    until(lambda: len(counter.turns._sleepers) == 2)
+    left.set()
+    counter.may_step.release(2)
+    for thread in (first, second, third):
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_who_wants_to_be_alone_waits_for_the_step_and_the_others_go_on_afterwards(counter):
     drivers = [counter.wait(steps) for steps in (5, 6)]
     until(lambda: len(counter.turns._sleepers) == 1)

@@ -77,7 +77,18 @@ def test_conversations_are_written_by_the_template(both):
     ours, theirs = both
     talk = [{"role": "user", "content": "2 + 3?"}]
     assert ours.apply_chat_template(talk) == theirs.apply_chat_template(talk)
+    for said in ("So: ", "\n5", "5"):  # the beginning of an answer, to be gone on with
+        begun = [*talk, {"role": "assistant", "content": said}]
+        assert ours.apply_chat_template(begun, False) == theirs.apply_chat_template(begun, False)
     assert ours.chat_template(True) == theirs.tokenizer.chat_template
+
+
+def test_an_empty_stop_is_none(both):
+    answers = [
+        both[0].generate_until(requests("generate_until", [("The ship ", {"max_gen_toks": 6, **stop})]))[0]
+        for stop in ({}, {"until": [""]}, {"until": ["", "\n\n\n"]})
+    ]
+    assert answers[0] and len(set(answers)) == 1
 
 
 def test_a_task_in_a_file_gets_the_same_scores(both, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from twelve.data.chat import encode_prompt
 from twelve.engine import Engine
 from twelve.errors import InputError
 from twelve.model import Transformer
-from twelve.serve import answer, bind, server
+from twelve.serve import answer, bind, server, url_of
 from twelve.serve.web import is_loopback
 
 THOUGHTS = "열두 척을 센다: 5 + 7 = 12. <thin air>"
@@ -422,13 +423,34 @@ def test_foreign_pages_are_kept_out(thinker):
         answer = httpx.get(f"{thinker}/v1/models", headers=headers)
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "foreign_origin"
         assert "access-control-allow-origin" not in answer.headers
-    for headers in ({"Origin": thinker}, {"Host": "localhost:8000"}, {"Host": "[::1]"}):
+    for headers in ({"Origin": thinker}, {"Host": "localhost:8000"}, {"Host": "[::1]"}, {"Host": "0.0.0.0:80"}):
         assert httpx.get(f"{thinker}/v1/models", headers=headers).status_code == 200
 
 
+def test_a_name_that_is_not_known_is_told(thinker):
+    said = httpx.get(f"{thinker}/v1/models", headers={"Host": "vm:8765"}).json()["error"]["message"]
+    assert "does not know the name 'vm'" in said and "localhost" in said
+
+
+@pytest.mark.parametrize("host", ["192.168..1", "x" * 64 + ".example"])
+def test_a_host_that_can_be_none(host):
+    with pytest.raises(InputError, match="cannot listen on"):
+        bind(host, 0)
+
+
+def test_the_address_is_one_that_can_be_opened():
+    for host, url in (("127.0.0.1", r"http://127\.0\.0\.1:\d+"), ("::1", r"http://\[::1\]:\d+")):
+        try:
+            sock = bind(host, 0)
+        except InputError:  # a machine without IPv6
+            continue
+        with sock:
+            assert re.fullmatch(url, url_of(sock))
+
+
 def test_what_is_this_machine():
-    assert all(map(is_loopback, ("localhost", "127.0.0.2", "::1", "::ffff:127.0.0.1")))
-    assert not any(map(is_loopback, ("", "10.0.0.1", "::ffff:10.0.0.1", "127.0.0.1.example", "::")))
+    assert all(map(is_loopback, ("localhost", "127.0.0.2", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::")))
+    assert not any(map(is_loopback, ("", "10.0.0.1", "::ffff:10.0.0.1", "127.0.0.1.example")))
 
 
 def test_the_page_may_load_nothing_from_elsewhere(thinker):

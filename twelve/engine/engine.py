@@ -41,7 +41,8 @@ class Engine:
         tiers=None, speculation: str = "auto", runner: Runner | None = None,
     ) -> None:  # fmt: skip
         """prefill_chunk: rows of prompts in a step. kv_memory: bytes for keys and values (default: a quarter of what is
-        free, at most 4 GiB, at least one full context); only what is used is taken. tiers: see `tiers.Tiers`.
+        free, at most 4 GiB, at least one full context if three quarters of it hold that); only what is used is taken.
+        tiers: see `tiers.Tiers`.
         speculation: see `speculate.MODES`. InputError for a memory of less than one page.
         """
         self.model = model.eval()
@@ -50,13 +51,19 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.runner = make_runner(model, tokenizer.vocab_size) if runner is None else runner
         self._page_bytes, most = self.runner.page_bytes, pages_for(self.context)
-        asked = max(free_memory(model) // 4, most * self._page_bytes) if kv_memory is None else kv_memory
-        if kv_memory is None:
-            asked = max(min(asked, MOST_KV_MEMORY), most * self._page_bytes)
+        asked = kv_memory
+        if asked is None:
+            free = free_memory(model)
+            asked = max(min(free // 4, MOST_KV_MEMORY), most * self._page_bytes)
+            asked = max(min(asked, 3 * free // 4), self._page_bytes)  # a long context may be more than there is
         count = min(asked // self._page_bytes, most * max_sequences)
         if count < 1:
             raise InputError(f"{asked:,} bytes for keys and values do not hold one page of {self._page_bytes:,} bytes")
-        self.runner.allocate(count)
+        try:
+            self.runner.allocate(count)
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            size = f"{count * self._page_bytes / 2**30:,.1f} GiB"
+            raise InputError(f"there is no memory for {size} of keys and values: --kv-memory sets less") from error
         self._tiers = tiers
         self.pool = PagePool(count, b"" if tiers is None else tiers.identity, tiers, self.runner)
         self.scheduler = Scheduler(self.pool, max_sequences, most, prefill_chunk, self.runner.reach)

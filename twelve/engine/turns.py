@@ -42,6 +42,10 @@ class Turns:
         finally:
             if drives:
                 self._stop()
+            else:  # it may have been woken to drive, and have what it waited for by now
+                with self.changed:
+                    if not self.driving:
+                        self._wake()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

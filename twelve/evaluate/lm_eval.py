@@ -72,7 +72,13 @@ class TwelveLM(LM):
         return [completion.text for completion in self.engine.generate(made)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return render(self.tokenizer, chat_history, add_generation_prompt)
+        """Without a prompt for an answer the last message is the beginning of one, and its turn is left open."""
+        text = render(self.tokenizer, chat_history, add_generation_prompt)
+        if add_generation_prompt or chat_history[-1]["role"] != "assistant":
+            return text
+        begun = chat_history[-1]["content"].lstrip()
+        at = text.rindex(begun.rstrip())
+        return text[:at] + (begun if text.startswith(begun, at) else begun.rstrip())
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.tokenizer.chat_template or ""
@@ -84,6 +90,7 @@ class TwelveLM(LM):
     def _request(self, number: int, prompt: str, settings: dict[str, Any]) -> Request:
         """A prompt that leaves no room for the answer loses its beginning. InputError if all of it would go."""
         stop = settings.get("until") or []
+        stop = [stop] if isinstance(stop, str) else [one for one in stop if one]  # an empty one would stop at once
         limit = int(next((settings[name] for name in LIMITS if settings.get(name)), MAX_TOKENS))
         if limit >= self.context:
             raise InputError(
@@ -94,7 +101,7 @@ class TwelveLM(LM):
         ids = begun(self.tokenizer, self.tokenizer.encode(prompt))
         return Request(
             ids[-(self.context - limit) :], limit, float(settings.get("temperature") or 0.0) if drawn else 0.0,
-            float(settings.get("top_p") or 1.0), sub_seed(self.seed, number), [stop] if isinstance(stop, str) else stop,
+            float(settings.get("top_p") or 1.0), sub_seed(self.seed, number), stop,
         )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Talking to a model: the HTTP server with OpenAI's protocol, its page, and the terminal."""
 
-__all__ = ["app", "bind", "run"]
+__all__ = ["app", "bind", "run", "url_of"]
 
 
 def __getattr__(name: str):

@@ -58,10 +58,15 @@ def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last for what can be no name
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot listen on {host}:{port} ({reason}): choose another with --port") from None
     return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def run(engine: Engine, model_name: str, host: str = "127.0.0.1", port: int = 8000, sock: socket.socket | None = None):
@@ -69,8 +74,7 @@ def run(engine: Engine, model_name: str, host: str = "127.0.0.1", port: int = 80
     sock = sock or bind(host, port)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.setLevel(logging.INFO)
-    host, port = sock.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(sock)
     print(f"{model_name}: page at {url}/, OpenAI API at {url}/v1; Ctrl-C ends it", flush=True)
     config = uvicorn.Config(
         app(engine, model_name), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1

@@ -29,8 +29,12 @@ class OwnPagesOnly:
             host, origin = headers.get(b"host", ""), headers.get(b"origin")
             local = is_loopback((scope.get("server") or ("",))[0])
             foreign = origin is not None and not same_host(origin, host)
-            if foreign or (local and not is_loopback(hostname(host))):
-                error = ApiError(403, "requests from other web pages are refused", code="foreign_origin")
+            unknown = local and not is_loopback(hostname(host))
+            if foreign or unknown:
+                said = "requests from other web pages are refused"
+                if not foreign:
+                    said = f"this server does not know the name {hostname(host)[:100]!r}: on this machine use localhost"
+                error = ApiError(403, said, code="foreign_origin")
                 await JSONResponse(error.body, error.status)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -58,7 +62,8 @@ def is_loopback(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback  # ::ffff:127.0.0.1 is 127.0.0.1
+    address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 is 127.0.0.1
+    return address.is_loopback or address.is_unspecified  # 0.0.0.0 is this machine, too, and no name to be rebound
 
 
 def page():
