@@ -59,6 +59,13 @@ def test_the_demo_leaves_models_a_report_and_a_summary(small, tmp_path, capsys):
         demo.demo(tmp_path / "demo", minutes=2, device="cpu")
 
 
+def test_files_of_others_stay(small, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="holds a report.html that is no demo's"):
+        demo.demo(tmp_path, minutes=1, device="cpu")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] and not small
+
+
 def test_the_corpus_holds_both_languages_and_no_test_problem(tmp_path):
     demo.write_problems(tmp_path / "a.jsonl", 2_000, seed=0)
     rows = [json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -66,8 +66,11 @@ def demo(
         path = folder / "demo.json"
         if path.exists() and read_json(path) != options:
             raise InputError(f"{folder} holds a demo with other options: name another folder with --out")
-        write_json(path, options)
         problems = folder / "problems.jsonl"
+        foreign = [one for one in (problems, folder / "report.html", folder / "summary.json") if one.exists()]
+        if foreign and not path.exists():
+            raise InputError(f"{folder} holds a {foreign[0].name} that is no demo's: name another folder with --out")
+        write_json(path, options)
         if not problems.exists():
             write_problems(problems, max(2_000, round(SOLVED * COLD * minutes)), seed)
         training = train(problems, folders["cold_start"], COLD * minutes, seed, device)

@@ -134,6 +134,26 @@ def test_an_answer_whose_reasoning_was_dropped_is_not_learnt(tokenizer):
     assert spoken(tokenizer, [QUESTION, ANSWER, THANKS, WELCOME]) == ["네<|im_end|>"]
 
 
+def test_reasoning_between_tools_is_dropped_once_the_user_speaks_again(tokenizer):
+    tool = {"role": "tool", "content": "ok"}
+    assert spoken(tokenizer, [QUESTION, ANSWER, tool, ANSWER, THANKS, WELCOME]) == ["네<|im_end|>"]
+    apart = {"role": "assistant", "content": "12", "reasoning_content": "of 133"}
+    assert spoken(tokenizer, [QUESTION, apart, tool, WELCOME, THANKS, ANSWER]) == [
+        "네<|im_end|>", "<think>12+30=42</think>42<|im_end|>",
+    ]  # fmt: skip
+    same = {"role": "assistant", "content": "<think>6*7=42</think>6*7=42"}  # of which the answer is left
+    assert spoken(tokenizer, [QUESTION, same, THANKS, WELCOME]) == ["네<|im_end|>"]
+
+
+def test_a_call_of_a_tool_that_the_template_leaves_out_is_no_empty_answer(tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    assert spoken(tokenizer, [QUESTION, call, {"role": "tool", "content": "Sun."}, WELCOME]) == ["네<|im_end|>"]
+    other = copy(tokenizer)
+    said = "(message.tool_calls | tojson if message.tool_calls else content)"
+    other.chat_template = chat.TEMPLATE.replace("'\\n' + content", f"'\\n' + {said}")
+    assert "weather" in spoken(other, [QUESTION, call])[0]
+
+
 @pytest.mark.parametrize("template", [chat.TEMPLATE, PLAIN, TRIMMED])
 @given(
     contents=st.lists(st.text("ab <|im_end|>\n</think>한1", max_size=12), min_size=2, max_size=6),

@@ -325,6 +325,15 @@ def test_what_is_there_is_used_again_only_if_it_is_the_same(tmp_path, texts, tok
     assert PackedData(out).tokens
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "x.gguf", "meta.json"])
+def test_models_and_files_of_others_are_not_replaced(tmp_path, texts, tokenizer, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text('{"theirs": 1}')
+    with pytest.raises(InputError, match="name another folder"):
+        tokenize([texts], tmp_path / "out", tokenizer, progress=False)
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ['{"theirs": 1}']
+
+
 def test_a_tokenizer_is_trained_on_texts_and_chats(tmp_path, texts, chats):
     made = tokenize([texts, chats], tmp_path / "out", vocab_size=400, progress=False)
     assert 300 < made["vocabulary"] <= 400

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import twelve
+from twelve.data.shards import PackedData
 from twelve.errors import InputError
 from twelve.files import FolderLock, sha256
 from twelve.train.loop import Interrupted, Supervised
@@ -113,6 +115,40 @@ def test_a_killed_run_resumes_to_the_same_weights(text, tmp_path, finished):
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
 
 
+def interrupt_at(monkeypatch, step):
+    original, done = Supervised.train_step, []
+
+    def interrupted(self):
+        if self.step == step and not done:
+            done.append(os.kill(os.getpid(), signal.SIGINT))
+        return original(self)
+
+    monkeypatch.setattr(Supervised, "train_step", interrupted)
+
+
+def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_text(text, tmp_path, finished, monkeypatch):
+    shutil.copytree(text, tmp_path / "text")
+    interrupt_at(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        pretrain([tmp_path / "text"], tmp_path / "run", steps=25, mtp=1, **SMALL)
+    (tmp_path / "text" / "more.txt").write_text("One more note.\n" * 99)
+    pretrain([tmp_path / "text"], tmp_path / "run", steps=25, mtp=1, **SMALL)
+    assert sha256(tmp_path / "run" / "model.safetensors") == sha256(finished[1] / "model.safetensors")
+
+
+def test_a_resumed_run_has_the_rest_of_its_minutes(text, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        pretrain([text], tmp_path / "run", minutes=0.15, **SMALL)
+    assert Plan.load(tmp_path / "run").revisions[-1][0] == 0
+    slow = Supervised.train_step
+    monkeypatch.setattr(Supervised, "train_step", lambda self: time.sleep(0.05) or slow(self))
+    began = time.monotonic()
+    pretrain([text], tmp_path / "run", minutes=0.15, **SMALL)
+    revised = Plan.load(tmp_path / "run").revisions
+    assert len(revised) > 1 and revised[-1][1] < revised[0][1] and time.monotonic() - began < 60
+
+
 def test_other_options_changed_data_and_finished_runs_are_refused(text, finished):
     _, folder = finished
     with pytest.raises(InputError, match="seed=0, not 1"):
@@ -204,6 +240,27 @@ def test_fine_tuning_continues_a_model(finished, conversations, tmp_path):
 def test_without_a_word_of_the_assistant_nothing_is_trained(finished, conversations, tmp_path):
     with pytest.raises(InputError, match="no word of an assistant lies within the first 4 tokens"):
         sft(finished[1], [conversations], tmp_path / "out", steps=1, context=4, quiet=True)
+
+
+def test_conversations_that_are_cut_are_told(finished, conversations, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    answer = {"role": "assistant", "content": "!" * 20}
+    rows = [[{"role": "user", "content": "?" * size}, answer] for size in (1, 40, 99)]
+    long.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    sft(finished[1], [long], tmp_path / "out", steps=1, context=64)
+    told = "2 of 3 conversations are cut after 32 tokens, 2 of them with nothing left that an assistant says"
+    assert told in capsys.readouterr().out and told in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_three_passes_are_three(finished, conversations, tmp_path):
+    result = sft(finished[1], [conversations], tmp_path / "out", batch=40, context=32, quiet=True)
+    windows = PackedData(tmp_path / "out" / "training" / "data").windows(32)
+    assert result["steps"] == round(3 * windows / 40)
+
+
+def test_text_is_no_conversation(text, finished, tmp_path):
+    with pytest.raises(InputError, match="no conversations, only text"):
+        sft(finished[1], [text], tmp_path / "out", steps=1, quiet=True)
 
 
 def test_adapters_leave_the_routers_alone(finished, conversations, tmp_path):

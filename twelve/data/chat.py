@@ -96,8 +96,8 @@ def encode_messages(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list
 def segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, int]]:
     """A conversation as pieces of text to encode one by one, each with 1 if the assistant says it, else 0.
 
-    A turn whose reasoning the template left out counts as 0: the answer alone would teach not to reason.
-    InputError for a template that does not write a conversation turn by turn.
+    A turn whose reasoning or calls of tools the template left out counts as 0: the answer alone would teach not to
+    reason, or to say nothing. InputError for a template that does not write a conversation turn by turn.
     """
     messages = _guarded(tokenizer, check_messages(messages))
     whole = _render(tokenizer, messages, False, {})
@@ -106,15 +106,16 @@ def segments(tokenizer: Tokenizer, messages: list[Message]) -> list[tuple[str, i
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        begin = len(prompt := _render(tokenizer, messages[:index], True, {}))
-        if begin < done or not whole.startswith(prompt):
+        prompt = _render(tokenizer, messages[:index], True, {})
+        if not whole.startswith(prompt):  # it may leave out what was thought before a later question
+            prompt = _render(tokenizer, [_answer_alone(one) for one in messages[:index]], True, {})
+        if (begin := len(prompt)) < done or not whole.startswith(prompt):
             raise InputError(f"messages[{index}]: the chat template does not write this answer after its own prompt")
         closing = tokenizer.stop_pattern.search(whole, begin)  # an answer itself holds none: they are guarded
         if closing is None:
             raise InputError(f"messages[{index}]: the chat template does not end this answer with a stop token")
         spoken = whole[begin : closing.end()]
-        reasoning = _reasoning(message).strip()
-        pieces += [(whole[done:begin], 0), (spoken, int(reasoning in spoken))]
+        pieces += [(whole[done:begin], 0), (spoken, int(_is_whole(message, spoken)))]
         done = closing.end()
     pieces.append((whole[done:], 0))
     return [(part, spoken) for text, spoken in pieces for part in text.split(GUARD) if part]
@@ -212,6 +213,23 @@ def _folded(message: Message) -> Message:
 
 def _reasoning(message: Message) -> str:
     return message.get("reasoning_content") or split_reasoning(message["content"])[0]
+
+
+def _answer_alone(message: Message) -> Message:
+    if message["role"] != "assistant" or not _reasoning(message):
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    said = message["content"] if "reasoning_content" in message else split_reasoning(message["content"])[1]
+    return rest | {"content": said.lstrip()}
+
+
+def _is_whole(message: Message, spoken: str) -> bool:
+    """Whether a turn, as a template wrote it, has the message's reasoning before its answer, and the tools it calls."""
+    said = _answer_alone(message)["content"].strip()
+    before = spoken[: spoken.rindex(said)] if said and said in spoken else spoken
+    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict)]
+    names = [str(call["name"]) for call in calls if isinstance(call, dict) and "name" in call]
+    return _reasoning(message).strip() in before and all(name in spoken for name in names)
 
 
 def _guarded(tokenizer: Tokenizer, value: Any) -> Any:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def tokenize(
         }
         data = _made_before(out, request)
         if data is None:
+            _check_place(out)
             _clear(out)
             try:
                 with _filtered(paths, out, progress) if filter else nullcontext((paths, {})) as (texts_from, told):
@@ -204,6 +205,17 @@ def _is_same(old: dict[str, Any], new: dict[str, Any]) -> bool:
         return False
     untouched = (old["path"], old["mtime_ns"]) == (new["path"], new["mtime_ns"])
     return untouched or old["sha256"] == sha256(new["path"])
+
+
+def _check_place(out: Path) -> None:
+    """InputError for a folder with a model, whose tokenizer would be replaced, or with files of another kind."""
+    if (out / "config.json").exists() or any(path.suffix in (".safetensors", ".gguf") for path in out.iterdir()):
+        raise InputError(f"{out} holds a model: name another folder with --out")
+    values = {"request": None}
+    with suppress(InputError):  # ours, but damaged
+        values = read_json(out / META)
+    if not isinstance(values, dict) or "request" not in values:
+        raise InputError(f"{out} holds a {META} that is not of shards: name another folder with --out")
 
 
 def _clear(out: Path) -> None:

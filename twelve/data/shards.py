@@ -181,6 +181,16 @@ class PackedData:
         windows = self.windows(seq_len)
         return [_window(row, windows, seed) for row in range(index * batch_size, (index + 1) * batch_size)]
 
+    def cut(self, seq_len: int) -> tuple[int, int]:
+        """How many conversations are longer than a row of `seq_len`, and in how many of these it leaves no target."""
+        if "chat" not in self._kinds:
+            return 0, 0
+        shards = self._kinds["chat"]
+        starts = np.concatenate([[0], shards.ends[:-1]])
+        longer = np.flatnonzero(shards.ends - starts - 1 > seq_len)
+        silent = sum(not shards.mask(int(starts[one]) + 1, int(starts[one]) + seq_len + 1).any() for one in longer)
+        return len(longer), silent
+
     def _sum(self, count: str) -> int:
         return sum(counts[count] for counts in self.meta["kinds"].values())
 

@@ -52,7 +52,7 @@ class Trainer:
     trains_table = True  # where all parameters are trained, so is the memory's table
     closing = 0.0  # seconds that `outcome` is thought to take
     stopped = False  # a step may set it, and is then the last
-    earlier = 0.0  # of a `timed` run, the seconds before it was resumed
+    earlier = 0.0  # seconds before it was resumed: a resume has the rest of the minutes
 
     def __init__(self, model: Transformer, plan: Plan, folder: Path) -> None:
         self.model, self.plan, self.folder = model.train(), plan, folder
@@ -123,7 +123,8 @@ class Trainer:
         stop = _InterruptFlag()
         began, before, first = time.monotonic(), self.seconds, self.step
         saved, save_cost = began, 0.0
-        marks = list(REVISE_AT) if seconds_left and not self.timed else []
+        ahead = [share for share in REVISE_AT if share * self.plan.steps(self.step) > self.step]
+        marks = ahead if seconds_left and not self.timed else []
         total = self.plan.steps(self.step)
         longest = 0.0  # seconds of a step
         bar = tqdm(
@@ -182,7 +183,7 @@ class Trainer:
             self.changed()
             self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
             self.memory = state["memory"]
-            self.earlier = self.seconds if self.timed else 0.0
+            self.earlier = self.seconds
         elif self.optimizer.table is not None:
             self.optimizer.table.rollback(0)
         if self.metrics.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twelve.data.shards import PackedData
+from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.files import read_json, write_json
 
@@ -84,6 +85,14 @@ class Plan:
             raise InputError(
                 f"the data of the run in {folder} changed since it began: put it back, or use another folder"
             )
+
+
+def holds_data(plan: Plan, shards: Path) -> bool:
+    """Whether the run's own shards are whole: then it goes on with them, whatever became of what they were made of."""
+    try:
+        return describe(PackedData(shards)) == plan.data and Tokenizer.load(shards).vocab_size > 0
+    except InputError:
+        return False
 
 
 def describe(data: PackedData) -> dict[str, Any]:

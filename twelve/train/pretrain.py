@@ -22,7 +22,7 @@ from twelve.plan.fit import EPOCHS
 from twelve.train.loop import Supervised
 from twelve.train.memory import own_table
 from twelve.train.outlook import can_plan, compiles, expect, fitting_micro_batch, require_room
-from twelve.train.plan import Plan, describe
+from twelve.train.plan import Plan, describe, holds_data
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
 
@@ -86,7 +86,9 @@ def pretrain(
             print(*(f"{name:<9} {told}" for name, told in outlook.lines().items()), sep="\n", flush=True)
             chosen = outlook.to_dict()
         known = tokenizer if start is None else convert.load_tokenizer(start)
-        shards = _shards(paths, folder, known, chosen.get("vocab_size", vocab_size), filter, quiet)
+        shards = folder / "training" / "data"
+        if plan is None or not holds_data(plan, shards):
+            shards = _shards(paths, folder, known, chosen.get("vocab_size", vocab_size), filter, quiet)
         data, words = PackedData(shards), Tokenizer.load(shards)
         if start is not None and words.fingerprint != known.fingerprint:
             raise InputError(f"{shards} was made with another tokenizer than {start} has: name the text itself")
@@ -140,7 +142,7 @@ def pretrain(
                 own_table(model, folder)
             return Supervised(model.init_weights(seed).to(target), batches, plan, folder)
 
-        epoch_steps = max(1, data.windows(plan.context) // plan.batch_size)
+        epoch_steps = data.windows(plan.context) / plan.batch_size
         chats = data.conversations > 0
         return Prepared(plan, make_trainer, words, about, chats, epoch_steps)
 

@@ -44,7 +44,7 @@ class Prepared:
     tokenizer: Any
     about: Callable[[dict[str, Any]], dict[str, Any]]  # what the model card says of the stage, from the figures
     chats: bool  # whether the model answers conversations
-    epoch_steps: int = 0  # steps that see every token once; 0 where data are made on the way
+    epoch_steps: float = 0  # steps that see every token once; 0 where data are made on the way
 
 
 def run(
@@ -84,10 +84,9 @@ def run(
             trainer = prepared.make_trainer()
         _print_plan(trainer, prepared, minutes, resumed)
         seconds_left = None
-        if minutes is not None and (trainer.timed or not resumed):
+        if minutes is not None:
             reserve = _reserve(trainer)
 
-            # earlier seconds count where steps are not planned: a resume has the rest of the minutes
             def seconds_left() -> float:
                 return 60 * minutes - trainer.earlier - (time.monotonic() - started) - reserve - trainer.closing
 
@@ -127,7 +126,7 @@ def _fix_length(
                 "ask for more minutes or a smaller model"
             )
     elif steps is None:
-        steps = NO_END if minutes is not None else EPOCHS * prepared.epoch_steps
+        steps = NO_END if minutes is not None else max(1, round(EPOCHS * prepared.epoch_steps))
     steps = min(steps, plan.most_steps or NO_END)
     plan.revisions = [(0, steps)]
     plan.warmup = min(plan.warmup, max(1, steps // 10))

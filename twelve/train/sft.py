@@ -15,7 +15,7 @@ from twelve.data.tokenizer import Tokenizer
 from twelve.errors import InputError
 from twelve.lora import attach
 from twelve.train.loop import Supervised
-from twelve.train.plan import Plan, describe
+from twelve.train.plan import Plan, describe, holds_data
 from twelve.train.precision import pick_device, pick_precision
 from twelve.train.run import Prepared, run, spoken
 
@@ -69,12 +69,21 @@ def sft(
             convert.require_floats(source)
         words = convert.load_tokenizer(source)
         shards = folder / "training" / "data"
-        tokenize(paths, shards, words, progress=not quiet)
+        if plan is None or not holds_data(plan, shards):
+            tokenize(paths, shards, words, progress=not quiet)
         data = PackedData(shards)
+        if not data.conversations:
+            named = ", ".join(map(str, paths))
+            raise InputError(f"{named}: no conversations, only text, which `twelve pretrain` reads")
         row = min(context, config.max_position_embeddings)
         if not any((data.batch(number, 1, row, seed).targets >= 0).any() for number in range(data.windows(row))):
             raise InputError(f"no word of an assistant lies within the first {row} tokens: ask for a larger --context")
-        epoch_steps = -(-data.windows(row) // batch)
+        epoch_steps = data.windows(row) / batch
+        longer, silent = data.cut(row)
+        cut = f"{longer:,} of {data.conversations:,} conversations are cut after {row:,} tokens" if longer else ""
+        cut += f", {silent:,} of them with nothing left that an assistant says" if silent else ""
+        if cut and not quiet:
+            print(f"cut       {cut}: --context N takes more", flush=True)
         if plan is None:
             plan = Plan(
                 stage="sft", options=options, config=config.to_dict(), data=describe(data), context=row,
@@ -89,7 +98,7 @@ def sft(
             return data.batch(step, plan.batch_size, plan.context, plan.seed)
 
         def about(figures: dict[str, Any]) -> dict[str, Any]:
-            return _about(plan, figures) | {"languages": spoken(batches, words)}
+            return _about(plan, figures, cut) | {"languages": spoken(batches, words)}
 
         def make_trainer() -> Supervised:
             model, _ = convert.load(source, device=target, dtype=torch.float32, packed=bool(lora))
@@ -102,7 +111,7 @@ def sft(
     return run("sft", out, options, prepare, minutes, steps, started, quiet)
 
 
-def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
+def _about(plan: Plan, figures: dict[str, Any], cut: str) -> dict[str, Any]:
     source, teacher, rank = (plan.options.get(name) for name in ("model", "teacher", "lora"))
     how = f" with the probabilities of `{teacher}`" if teacher else ""
     how += f", through adapters of rank {rank}" if rank else ""
@@ -112,5 +121,6 @@ def _about(plan: Plan, figures: dict[str, Any]) -> dict[str, Any]:
         "measured": {
             "tokens seen": f"{figures['tokens']:,} of {plan.data['tokens']:,} in the data, with padding",
             "training loss": f"{figures['loss']} nats a token of the assistant",
+            **({"of the data": cut} if cut else {}),
         },
     }
