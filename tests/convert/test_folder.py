@@ -209,7 +209,9 @@ def test_saving_where_it_cannot_be_is_refused(tmp_path):
             twelve.save(small(), None, path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("README.md", "# precious"), ("config.json", '{"port": 80}')])
+@pytest.mark.parametrize(("name", "content"), [
+    ("README.md", "# precious"), ("config.json", '{"port": 80}'), ("tokenizer.json", "{}"), ("model.safetensors", "x"),
+])  # fmt: skip
 def test_files_of_others_are_not_replaced(name, content, tmp_path):
     twelve.save(small(), None, tmp_path / "model", "a card")
     (tmp_path / "other").mkdir()

@@ -90,7 +90,11 @@ def check_place(folder: Path, source: str | Path | None = None, card: bool = Tru
         raise InputError(f"{folder} holds a training run: name another folder with --out")
     if _is_made_here(folder):
         return
-    for name in ("config.json", "chat_template.jinja", *(["README.md"] if card else [])):
+    names = ["config.json", "chat_template.jinja"]
+    if card:  # which is put in place before these
+        names += ["README.md", "tokenizer.json", "tokenizer_config.json", SINGLE, INDEX]
+        names += sorted(path.name for path in folder.glob(SHARDS))
+    for name in names:
         if (folder / name).exists():
             raise InputError(f"{folder} holds a {name} that is no saved model's: name another folder with --out")
 
@@ -272,7 +276,7 @@ def save(
     With Engram its table goes beside the weights, as a link where its file is not one that can be trained.
 
     Packed weights stay packed, in a folder that only we read; `twelve.quantize.dequantize` makes floats of them first.
-    Everything is written and synced under temporary names first, then put in place in this order: tokenizer and card,
+    Everything is written and synced under temporary names first, then put in place in this order: card and tokenizer,
     table, weights, config. Killed before that, the folder is the old model. Killed between two of these renames it is
     the old model, or the new weights under the old config: the new model whenever both configs are equal, as when a run
     saves over its own folder, else refused if a shape differs; or old weights beside a new table, which is refused if
@@ -317,13 +321,13 @@ def _write(model: Transformer, tokenizer: Tokenizer | None, folder: Path, card: 
             in_place = table.path is not None and target.exists() and target.samefile(table.path)
             table.save_as(target if in_place else put(TABLE))
         put("generation_config.json").write_text(_json(_generation(model.config, tokenizer)), encoding="utf-8")
-        if card is not None:
-            put("README.md").write_text(card, encoding="utf-8")
         if tokenizer is not None:
             with tempfile.TemporaryDirectory() as scratch:
                 tokenizer.save(scratch)
                 for file in Path(scratch).iterdir():
                     put(file.name).write_bytes(file.read_bytes())
+        if card is not None:  # first of all: it tells whose the rest is
+            put("README.md").write_text(card, encoding="utf-8")
     return {*shards, *([INDEX] if index else []), *([TABLE] if model.memory is not None else [])}
 
 
