@@ -46,6 +46,10 @@ LARGEST = {
     "engram_max_ngram_size": 1 << 8, "engram_n_heads": 1 << 8,
 }  # fmt: skip
 LARGE = 1 << 18  # of all others
+ROPE_NUMBERS = {
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "mscale", "mscale_all_dim", "attention_factor",
+}  # fmt: skip
 EXPERT_KEYS = {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"}
 
 
@@ -307,11 +311,9 @@ def config_from(values: dict[str, Any]) -> ModelConfig:
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if any(isinstance(value, dict) for value in rope.values()):
             raise InputError("config: rope parameters that differ between layers are not supported")
-        for key, value in rope.items():
-            if (type(value) is bool and key != "truncate") or (type(value) is float and not math.isfinite(value)):
-                raise InputError(f"config: {key} {value} is no possible value")
-            if isinstance(value, str) and key not in ("rope_type", "type"):
-                raise InputError(f"config: {key} must be a number, not {value!r}")
+        for key in ROPE_NUMBERS & rope.keys():
+            if rope[key] is not None and not _fits(rope[key], "float"):
+                raise InputError(f"config: {key} must be a number, not {rope[key]!r}")
         for key, only in (("partial_rotary_factor", 1.0), ("moe_layer_freq", 1)):
             if values.get(key, rope.get(key)) not in (None, only):
                 raise InputError(f"config: {key} {values.get(key, rope.get(key))} is not supported, only {only}")

@@ -10,6 +10,7 @@ from twelve.engine import Completion
 from twelve.tasks.verify import final_answer
 
 WINDOW = 5  # steps that are looked at together
+CLEARLY = 0.05  # share of right answers by which a run got better, whatever its answers look like
 PERIOD, TIMES = 8, 4  # tokens of the longest cycle that counts as repeating, and how often it must come
 
 
@@ -39,7 +40,7 @@ def collapse(rows: Sequence[dict[str, Any]]) -> str | None:
         return None
     parts = rows[:WINDOW], rows[-WINDOW:]
     first, last = ({name: mean(row[name] for row in part) for name in NAMES} for part in parts)
-    worse, better = last["accuracy"] < first["accuracy"], last["accuracy"] > first["accuracy"]
+    worse, better = last["accuracy"] < first["accuracy"], last["accuracy"] > first["accuracy"] + CLEARLY
     if last["entropy"] < 0.02 * first["entropy"] and last["accuracy"] < 0.9:
         return f"its entropy fell from {first['entropy']:.3g} to {last['entropy']:.3g} nats: all answers are the same"
     if last["length"] < 0.2 * first["length"] and worse:
