@@ -215,7 +215,7 @@ WRONG_CONFIGS = {
     "type of a norm": ({"rms_norm_eps": None}, "rms_norm_eps must be float, not None"),
     "type of a switch": ({"attention_bias": "no"}, "attention_bias must be bool"),
     "type of a rope number": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor must be a number"),
-    "a switch for a rope number": ({"rope_parameters": {"rope_type": "linear", "factor": True}}, "factor must be a number, not True"),
+    "a switch for a rope number": ({"rope_parameters": {"rope_type": "linear", "factor": True}}, "number, not True"),
     "a rope number is missing": ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "missing"),
     "a rope number is zero": ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "no finite frequencies"),
     "type of the rope": ({"rope_parameters": [1, 2]}, "wrong type"),

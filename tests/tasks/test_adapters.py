@@ -153,6 +153,11 @@ def test_a_broken_file_is_one_line(write, monkeypatch, text, told):
     assert "\n" not in str(caught.value)
 
 
+def test_a_program_has_no_parts(write):
+    with pytest.raises(InputError, match="mine.py draws its problems"):
+        tasks.get(write(MINE) + "#train")
+
+
 def test_no_file(tmp_path):
     for name in (f"{tmp_path}/none.py", f"{tmp_path}/none.jsonl"):
         with pytest.raises(InputError, match="there is no task file .*none"):
