@@ -57,12 +57,12 @@ def test_the_way_from_a_text_to_models_of_other_sizes(tmp_path, monkeypatch, cap
         said = capsys.readouterr()
         assert status == 0, (command, said.err)
         assert isinstance(json.loads(said.out.splitlines()[-1]), dict)
-    for made in ("mine", "harbour", "mine-4bit", "half", "deeper", "half-trained"):
+    for made in ("mine", "harbour", "mine-4bit", "smaller", "deeper", "smaller-trained"):
         assert Path("runs", made, "config.json").exists()
     assert Path("mine.gguf").exists() and Path("clean.html").exists() and Path("best.jsonl").exists()
     layers = [json.loads(Path("runs", made, "config.json").read_text())["num_hidden_layers"]
-              for made in ("half", "deeper", "half-trained")]  # fmt: skip
-    assert layers == [2, 8, 2]
+              for made in ("smaller", "deeper", "smaller-trained")]  # fmt: skip
+    assert layers == [1, 8, 1]
 
 
 def _smaller(command: list[str]) -> list[str]:
