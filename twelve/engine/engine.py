@@ -42,8 +42,8 @@ class Engine:
     ) -> None:  # fmt: skip
         """prefill_chunk: rows of prompts in a step. kv_memory: bytes for keys and values (default: a quarter of what is
         free, at most 4 GiB, at least one full context if three quarters of it hold that); only what is used is taken.
-        tiers: see `tiers.Tiers`.
-        speculation: see `speculate.MODES`. InputError for a memory of less than one page.
+        tiers: see `tiers.Tiers`. speculation: see `speculate.MODES`. InputError for a memory of less than one page, and
+        for one that cannot be had.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer

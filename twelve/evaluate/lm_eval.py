@@ -76,9 +76,9 @@ class TwelveLM(LM):
         text = render(self.tokenizer, chat_history, add_generation_prompt)
         if add_generation_prompt or chat_history[-1]["role"] != "assistant":
             return text
-        begun = chat_history[-1]["content"].lstrip()
-        at = text.rindex(begun.rstrip())
-        return text[:at] + (begun if text.startswith(begun, at) else begun.rstrip())
+        said = chat_history[-1]["content"].lstrip()
+        at = text.rindex(said.rstrip())
+        return text[:at] + (said if text.startswith(said, at) else said.rstrip())
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         return self.tokenizer.chat_template or ""

@@ -283,7 +283,7 @@ def depth_in(documents: Tensor) -> Tensor:
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile finds a C++ compiler for CPU code."""
+    """Whether torch.compile finds a C++ compiler for CPU code; unlike `compiler.cxx` it takes CXX for one word."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 

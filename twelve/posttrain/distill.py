@@ -16,7 +16,7 @@ from twelve.posttrain.curriculum import Cell, serving
 from twelve.posttrain.logits import LogitsLesson
 from twelve.posttrain.on_policy import on_policy
 from twelve.posttrain.rl import cells_of
-from twelve.posttrain.stages import require_empty
+from twelve.posttrain.stages import require_no_foreign_files
 from twelve.posttrain.student import kept_layers, make_student
 from twelve.posttrain.teacher import Teacher, is_endpoint, open_teacher, require_one_vocabulary
 from twelve.posttrain.traces import collect, read_traces, select, write_traces
@@ -82,7 +82,7 @@ def distill(
     _check(stages, options)
     with FolderLock(folder):
         if not (folder / "distill.json").exists():
-            require_empty(folder)
+            require_no_foreign_files(folder)
         done = _earlier(folder, options)
         for number, stage in enumerate(stages):
             if number < len(done):

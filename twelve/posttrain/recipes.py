@@ -24,7 +24,7 @@ from twelve.posttrain.grpo import Objective
 from twelve.posttrain.judge import Judge, open_judge
 from twelve.posttrain.recipe_report import card, figures, measure, publish, write_report
 from twelve.posttrain.rl import ADAPTERS_FROM, MAX_TOKENS, MINUTES, RANK, cells_of, rl
-from twelve.posttrain.stages import Progress, require_empty
+from twelve.posttrain.stages import Progress, require_no_foreign_files
 from twelve.posttrain.teacher import open_teacher
 from twelve.posttrain.traces import NothingPassed, collect, problem_stream, read_traces, select, write_traces
 from twelve.train.plan import Plan
@@ -117,7 +117,7 @@ def follow(
             known = f"is complete: `twelve chat {folder}`, or" if progress.stages else "holds a model already:"
             raise InputError(f"{folder} {known} name another folder with --out")
         if not begun:
-            require_empty(folder)
+            require_no_foreign_files(folder)
         max_tokens = max_tokens or max(getattr(tasks.get(name), "MAX_TOKENS", None) or MAX_TOKENS for name in task)
         config = convert.load_config(source)
         opened = None

@@ -13,7 +13,7 @@ from twelve.errors import InputError
 from twelve.files import read_json, write_json
 
 
-def require_empty(folder: Path) -> None:
+def require_no_foreign_files(folder: Path) -> None:
     """InputError for files in the way of a run that begins: those of others, and a report."""
     check_place(folder)
     if (folder / "report.html").exists():

@@ -59,7 +59,7 @@ def functions(path: str) -> dict[str, Callable]:
 
     def about() -> dict[str, Any]:
         given = getattr(module, "LEVELS", (1,))
-        levels = sorted(set(given), key=str) if isinstance(given, Iterable) else []
+        levels = list(given) if isinstance(given, Iterable) else []
         if not levels or not all(isinstance(level, int) and level >= 1 for level in levels):
             raise InputError(f"{path}: LEVELS must be numbers from 1 on, like (1, 2, 3); not {given!r:.80}")
         languages = list(getattr(module, "LANGUAGES", LANGUAGES if "language" in wanted else ()) or ())
@@ -75,7 +75,7 @@ def functions(path: str) -> dict[str, Callable]:
             raise InputError(f"{path}: EXAMPLES must be pairs of a question and its answer")
         languages = languages or [generate(0, min(levels), "en")["language"]]
         return {
-            "levels": sorted(levels), "languages": languages, "system": getattr(module, "SYSTEM", None),
+            "levels": sorted(set(levels)), "languages": languages, "system": getattr(module, "SYSTEM", None),
             "examples": [list(map(str, pair)) for pair in examples],
             "max_tokens": getattr(module, "MAX_TOKENS", None), "scores": callable(getattr(module, "score", None)),
         }  # fmt: skip

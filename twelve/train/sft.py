@@ -83,7 +83,8 @@ def sft(
         cut = f"{longer:,} of {data.conversations:,} conversations are cut after {row:,} tokens" if longer else ""
         cut += f", {silent:,} of them with nothing left that an assistant says" if silent else ""
         if cut and not quiet:
-            print(f"cut       {cut}: --context N takes more", flush=True)
+            hint = ": --context N takes more" if row < config.max_position_embeddings else ""
+            print(f"cut       {cut}{hint}", flush=True)
         if plan is None:
             plan = Plan(
                 stage="sft", options=options, config=config.to_dict(), data=describe(data), context=row,
